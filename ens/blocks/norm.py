@@ -1,0 +1,47 @@
+"""Layer normalisation over the channels of every pixel, written with operators edge runtimes delegate.
+
+Shapes: x (B, C, H, W) throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORMS = ("BiasFree", "WithBias")
+
+
+class _Affine(nn.Module):
+    """Holds the released key names `body.weight` and `body.bias`."""
+
+    def __init__(self, channels: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+
+class ChannelNorm(nn.Module):
+    """Restormer's LayerNorm (arXiv 2111.09881, released code): (B, C, H, W) -> same.
+
+    `layer_norm="BiasFree"` divides by the standard deviation without subtracting the mean first, although the
+    variance is the centred one; `"WithBias"` is the usual form. The means are 1×1 convolutions with constant weights:
+    a reduction over the channel axis splits the graph on XNNPACK, a convolution does not.
+    """
+
+    def __init__(self, channels: int, *, layer_norm: str = "WithBias", eps: float = 1e-5) -> None:
+        super().__init__()
+        if layer_norm not in NORMS:
+            raise ValueError(f"layer_norm is {layer_norm!r}; allowed: {', '.join(NORMS)}")
+        self.body = _Affine(channels, bias=layer_norm == "WithBias")
+        self.eps = eps
+        self.register_buffer("average", torch.full((1, channels, 1, 1), 1.0 / channels), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        average: Tensor = self.average  # type: ignore[assignment]
+        centred = x - F.conv2d(x, average)
+        scale = torch.rsqrt(F.conv2d(centred * centred, average) + self.eps)
+        weight = self.body.weight.view(1, -1, 1, 1)
+        if self.body.bias is None:
+            return x * scale * weight
+        return centred * scale * weight + self.body.bias.view(1, -1, 1, 1)

@@ -1,0 +1,108 @@
+"""Restormer (arXiv 2111.09881): sizes and key names of the released networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ens.blocks.restormer import RestormerBlock
+from ens.networks.steps import Network, SlotSpec, Step
+
+
+class _Body(nn.Module):
+    """Convolution and pixel (un)shuffle under the released key `body.0`."""
+
+    def __init__(self, conv: nn.Conv2d, shuffle: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv, shuffle)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class PatchEmbed(nn.Module):
+    """3×3 convolution under the released key `proj`."""
+
+    def __init__(self, in_channels: int, channels: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, channels, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+def downsample(channels: int) -> nn.Module:
+    """(B, C, H, W) -> (B, 2C, H/2, W/2)."""
+    return _Body(nn.Conv2d(channels, channels // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(2))
+
+
+def upsample(channels: int) -> nn.Module:
+    """(B, C, H, W) -> (B, C/2, 2H, 2W)."""
+    return _Body(nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False), nn.PixelShuffle(2))
+
+
+STAGES = ("encoder_level1", "encoder_level2", "encoder_level3", "latent", "decoder_level3", "decoder_level2",
+          "decoder_level1", "refinement")
+_WIDTHS = (1, 2, 4, 8, 4, 2, 2, 2)
+_LEVELS = (0, 1, 2, 3, 2, 1, 0, 0)
+
+
+def unet_steps(*, dual_pixel: bool = False) -> tuple[Step, ...]:
+    """The released U-Net: three levels of skips, no reduction at level 1, global residual unless dual-pixel."""
+    steps = [Step("patch_embed", save="embed" if dual_pixel else ""),
+             Step("encoder_level1", save="skip1"), Step("down1_2"), Step("encoder_level2", save="skip2"),
+             Step("down2_3"), Step("encoder_level3", save="skip3"), Step("down3_4"), Step("latent"), Step("up4_3"),
+             Step("reduce_chan_level3", cat="skip3", free=("skip3",)), Step("decoder_level3"), Step("up3_2"),
+             Step("reduce_chan_level2", cat="skip2", free=("skip2",)), Step("decoder_level2"), Step("up2_1"),
+             Step(cat="skip1", free=("skip1",)), Step("decoder_level1"), Step("refinement")]
+    if dual_pixel:
+        steps += [Step(save="refined"), Step("skip_conv", load="embed", free=("embed",)),
+                  Step("output", add="refined", free=("refined",))]
+    else:
+        steps += [Step("output"), Step(add="image", free=("image",))]
+    return tuple(steps)
+
+
+class Restormer(Network):
+    """Restormer with the published constructor names; `state_dict` keys are the released ones.
+
+    `layer_norm` is "BiasFree" (all released denoisers) or "WithBias" (derain, deblur, defocus). Input
+    (B, in_channels, H, W) in [0, 1] -> (B, out_channels, H, W), any H and W. `dual_pixel` takes six channels and has
+    no global residual. Raises ValueError for sizes that do not fit.
+    """
+
+    size_multiple = 8
+
+    def __init__(self, *, in_channels: int = 3, out_channels: int = 3, dim: int = 48,
+                 num_blocks: Sequence[int] = (4, 6, 6, 8), num_refinement_blocks: int = 4,
+                 heads: Sequence[int] = (1, 2, 4, 8), ffn_expansion_factor: float = 2.66, bias: bool = False,
+                 layer_norm: str = "WithBias", dual_pixel: bool = False) -> None:
+        super().__init__()
+        if len(num_blocks) != 4 or len(heads) != 4:
+            raise ValueError(f"num_blocks and heads have four entries, got {num_blocks} and {heads}")
+        depths = (*num_blocks, *reversed(num_blocks[:3]), num_refinement_blocks)
+        # The released code keeps 2·dim channels in the last two stages but only the first level's heads.
+        stage_heads = (*heads, heads[2], heads[1], heads[0], heads[0])
+        self.in_channels = in_channels
+        self.slots = tuple(SlotSpec(name, name, dim * width, 2**level, depth, "restormer", head) for
+                           name, width, level, depth, head in
+                           zip(STAGES, _WIDTHS, _LEVELS, depths, stage_heads, strict=True))
+        self.steps = unet_steps(dual_pixel=dual_pixel)
+        self.patch_embed = PatchEmbed(in_channels, dim, bias=bias)
+        for spec in self.slots:
+            self.add_module(spec.module, nn.Sequential(*(
+                RestormerBlock(spec.channels, heads=spec.heads, ffn_expansion_factor=ffn_expansion_factor, bias=bias,
+                               layer_norm=layer_norm) for _ in range(spec.depth))))
+        add_unet_resizes(self, dim=dim, bias=bias)
+        if dual_pixel:
+            self.skip_conv = nn.Conv2d(dim, 2 * dim, 1, bias=bias)
+        self.output = nn.Conv2d(2 * dim, out_channels, 3, padding=1, bias=bias)
+
+
+def add_unet_resizes(network: nn.Module, *, dim: int, bias: bool) -> None:
+    """Add the released down-, up-samplers and reductions; bias reaches the reductions only, as released."""
+    network.down1_2, network.down2_3, network.down3_4 = (downsample(dim * 2**level) for level in range(3))
+    network.up4_3, network.up3_2, network.up2_1 = (upsample(dim * 2**level) for level in (3, 2, 1))
+    network.reduce_chan_level3 = nn.Conv2d(8 * dim, 4 * dim, 1, bias=bias)
+    network.reduce_chan_level2 = nn.Conv2d(4 * dim, 2 * dim, 1, bias=bias)

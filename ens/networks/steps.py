@@ -1,0 +1,123 @@
+"""A network as a list of steps with one traversal, `Network.run`: forward, feature capture and prefix caches use it.
+
+Shapes: image (B, C_in, H, W) in [0, 1]; every step maps a state to a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+State = dict[str, Tensor]
+"""Running feature `x`, the padded input `image`, and skips by name. A step never changes a state, it returns a new one."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: take the running feature, join it with a kept one, apply a module, keep the result.
+
+    `module`: dotted name of the submodule to apply ("" for none). `save`: name to keep the result under.
+    `load`: start from this kept feature instead of `x`. `cat` / `add`: kept feature joined before the module
+    (concatenated behind `x` along the channels, or added). `free`: kept features nobody reads after this step.
+    """
+
+    module: str = ""
+    save: str = ""
+    load: str = ""
+    cat: str = ""
+    add: str = ""
+    free: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """What may fill a slot must map (B, channels, H/downscale, W/downscale) to the same shape.
+
+    `module` is the dotted name of the submodule in the slot, `depth` its number of blocks, `family` theirs, and
+    `heads` the attention heads where the family has some.
+    """
+
+    name: str
+    module: str
+    channels: int
+    downscale: int
+    depth: int
+    family: str
+    heads: int = 1
+
+
+class Network(nn.Module):
+    """A restoration network whose `steps` say in which order its submodules run.
+
+    Subclasses set `steps`, `slots` (stages, in execution order), `size_multiple` (H and W of what `run` sees) and
+    `upscale`. `forward` pads to the multiple, runs every step, and cuts the result back.
+    """
+
+    steps: tuple[Step, ...]
+    slots: tuple[SlotSpec, ...]
+    size_multiple: int = 1
+    upscale: int = 1
+    in_channels: int = 3
+
+    def run(self, state: State, start: int = 0, stop: int | None = None) -> State:
+        """Apply steps `start` to `stop` (exclusive, all by default) and return the new state."""
+        for step in self.steps[start:stop]:
+            state = self._apply_step(step, state)
+        return state
+
+    def _apply_step(self, step: Step, state: State) -> State:
+        x = state[step.load or "x"]
+        if step.add:
+            x = x + state[step.add]
+        if step.cat:
+            x = torch.cat([x, state[step.cat]], 1)
+        if step.module:
+            x = self.get_submodule(step.module)(x)
+        state = {name: value for name, value in state.items() if name not in step.free}
+        return {**state, "x": x, **({step.save: x} if step.save else {})}
+
+    def start(self, image: Tensor) -> State:
+        """The state before the first step; `image` already has sides that are multiples of `size_multiple`."""
+        return {"x": image, "image": image}
+
+    def restore(self, image: Tensor) -> Tensor:
+        """All steps on an image whose sides are multiples of `size_multiple`; this is what is exported."""
+        return self.run(self.start(image))["x"]
+
+    def forward(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        x = self.restore(pad_to_multiple(image, self.size_multiple))
+        return x[..., :height * self.upscale, :width * self.upscale]
+
+    def slot(self, name: str) -> SlotSpec:
+        """Stage or block slot by name; raises KeyError listing the names. Blocks of a stage are `stage.index`."""
+        for spec in (*self.slots, *block_slots(self.slots)):
+            if spec.name == name:
+                return spec
+        raise KeyError(f"no slot {name!r}; stages: {', '.join(spec.name for spec in self.slots)} "
+                       "(one block: stage.index)")
+
+    def slot_steps(self, names: Sequence[str]) -> list[int]:
+        """Index of the step that runs each of these stage slots."""
+        modules = [step.module for step in self.steps]
+        return [modules.index(self.slot(name).module) for name in names]
+
+
+def block_slots(stages: Sequence[SlotSpec]) -> list[SlotSpec]:
+    """Every single block of these stages as a slot, in execution order."""
+    return [SlotSpec(f"{stage.name}.{i}", f"{stage.module}.{i}", stage.channels, stage.downscale, 1, stage.family,
+                     stage.heads) for stage in stages for i in range(stage.depth)]
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """Reflect on the right and bottom up to the next multiple; replicate where the pad is not smaller than the image."""
+    height, width = image.shape[-2:]
+    for axis, pad in ((-1, -width % multiple), (-2, -height % multiple)):
+        if pad:
+            mode = "reflect" if pad < image.shape[axis] else "replicate"
+            image = F.pad(image, (0, pad, 0, 0) if axis == -1 else (0, 0, 0, pad), mode=mode)
+    return image

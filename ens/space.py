@@ -1,0 +1,147 @@
+"""The vocabulary of a search: slots, choices, genotypes, spaces, measurements. Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Genotype = tuple[int, ...]
+"""One choice index per slot, in slot order; index 0 of every slot is the teacher's own stage or block."""
+
+_LABEL = re.compile(r"^\s*(?P<family>[a-z][a-z0-9_]*)\s*[×x*]\s*(?P<depth>\d+)\s*$")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to fill a slot: `depth` blocks of `family` in a row; `teacher` marks the frozen original."""
+
+    family: str
+    depth: int
+    options: tuple[tuple[str, int | float | str | bool], ...] = ()
+    teacher: bool = False
+
+    @property
+    def label(self) -> str:
+        """Printed name, for instance `mambair×2` or `vssd×1(state=16)`; unique within a slot."""
+        text = f"{self.family}×{self.depth}"
+        if self.options:
+            text += "(" + ",".join(f"{key}={value}" for key, value in self.options) + ")"
+        return text
+
+    @property
+    def file_stem(self) -> str:
+        """The label in characters every file system takes: `mambair-2`, `vssd-1-state16`."""
+        return "-".join([self.family, str(self.depth), *(f"{key}{value}" for key, value in self.options)])
+
+
+def parse_choice(text: str) -> Choice:
+    """Read `family×depth` (also `family x depth`); raises ValueError with the form that is allowed."""
+    match = _LABEL.match(text)
+    if match is None:
+        raise ValueError(f"choice {text!r} is not understood; write family×depth, for instance mambair×2")
+    return Choice(match["family"], int(match["depth"]))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A position of the network that may be filled; `choices[0]` is the teacher's."""
+
+    name: str
+    choices: tuple[Choice, ...]
+
+    def __post_init__(self) -> None:
+        labels = [choice.label for choice in self.choices]
+        if not labels or len(set(labels)) != len(labels):
+            raise ValueError(f"slot {self.name!r} needs one or more different choices, got {labels}")
+        if not self.choices[0].teacher or any(choice.teacher for choice in self.choices[1:]):
+            raise ValueError(f"slot {self.name!r}: the first choice, and only the first, must be the teacher's")
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Slots with their choices, and the prices of the usage penalty (ENS, section 6.3 of its figures: a transformer
+    stage costs 2.0, a surrogate 0.1 a block).
+    """
+
+    name: str
+    slots: tuple[Slot, ...]
+    penalty_teacher: float = 2.0
+    penalty_per_block: float = 0.1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of choices of each slot."""
+        return tuple(len(slot.choices) for slot in self.slots)
+
+    @property
+    def num_genotypes(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def num_surrogates(self) -> int:
+        """Pairs of slot and choice that need distilled weights (every choice but the teacher's)."""
+        return sum(self.sizes) - len(self.slots)
+
+    @property
+    def teacher(self) -> Genotype:
+        return (0,) * len(self.slots)
+
+    def check(self, genotype: Genotype) -> Genotype:
+        """Return the genotype, or raise ValueError saying which slot is off and what it allows."""
+        if len(genotype) != len(self.slots):
+            raise ValueError(f"a genotype of {self.name} has {len(self.slots)} entries, got {len(genotype)}")
+        for index, slot in zip(genotype, self.slots, strict=True):
+            if not 0 <= index < len(slot.choices):
+                raise ValueError(f"slot {slot.name} allows 0 to {len(slot.choices) - 1}, got {index}")
+        return genotype
+
+    def choices(self, genotype: Genotype) -> tuple[Choice, ...]:
+        return tuple(slot.choices[index] for slot, index in zip(self.slots, self.check(genotype), strict=True))
+
+    def penalty(self, genotype: Genotype) -> float:
+        """Transformer usage of a genotype: sum over slots, unitless, smaller is cheaper."""
+        return round(sum(self.penalty_teacher if choice.teacher else self.penalty_per_block * choice.depth
+                         for choice in self.choices(genotype)), 9)
+
+    def sample(self, rng: np.random.Generator) -> Genotype:
+        return tuple(int(rng.integers(size)) for size in self.sizes)
+
+    def enumerate(self) -> Iterator[Genotype]:
+        """Every genotype once, in lexicographic order: neighbours share the longest prefixes."""
+        return itertools.product(*(range(size) for size in self.sizes))
+
+
+def format_genotype(genotype: Genotype) -> str:
+    """`0-2-1`: what the command line, the archive and the report print."""
+    return "-".join(map(str, genotype))
+
+
+def parse_genotype(text: str, space: SearchSpace) -> Genotype:
+    """Inverse of format_genotype, checked against the space; raises ValueError."""
+    try:
+        genotype = tuple(int(part) for part in text.split("-"))
+    except ValueError:
+        raise ValueError(f"genotype {text!r} is not understood; write one number a slot, for instance "
+                         f"{format_genotype(space.teacher)}") from None
+    return space.check(genotype)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Values of one genotype: `values` by objective name, PSNR of every validation image in dB.
+
+    `valid` is False when a PSNR is not finite or the hybrid could not be built; `note` then says why. An invalid
+    measurement stays in the archive, visible, and is never on the front.
+    """
+
+    genotype: Genotype
+    values: Mapping[str, float]
+    psnr_db: tuple[float, ...] = ()
+    valid: bool = True
+    note: str = ""
+    details: Mapping[str, float] = field(default_factory=dict)
