@@ -1,0 +1,51 @@
+"""Block families: (B, C, H, W) -> (B, C, H, W), any H and W, never writing into the input."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+from torch import nn
+
+from ens.blocks.conv import ConvBlock
+from ens.blocks.identity import IdentityBlock
+from ens.blocks.restormer import RestormerBlock
+from ens.blocks.ssd import SSDBlock
+from ens.blocks.vssd import VSSDBlock
+
+FAMILIES: dict[str, type[nn.Module]] = {
+    "restormer": RestormerBlock,
+    "ssd": SSDBlock,
+    "vssd": VSSDBlock,
+    "conv": ConvBlock,
+    "identity": IdentityBlock,
+}
+
+
+def family_options(family: str) -> dict[str, int | float | str | bool]:
+    """Option names of a family with their defaults; raises KeyError listing the families."""
+    if family not in FAMILIES:
+        raise KeyError(f"no block family {family!r}; allowed: {', '.join(FAMILIES)}")
+    parameters = inspect.signature(FAMILIES[family]).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.name != "channels"}
+
+
+def create_stack(family: str, channels: int, depth: int, *, heads: int = 1,
+                 options: Mapping[str, int | float | str | bool] | None = None) -> nn.Sequential:
+    """`depth` blocks of a family in a row, as the slots of a network hold them: (B, channels, H, W) -> same.
+
+    `heads` reaches the families that have attention heads; `options` are keyword arguments of the block. The identity
+    family is one block whatever the depth. Raises KeyError for an unknown family, ValueError for a depth below 1 or an
+    unknown option; both name what is allowed.
+    """
+    allowed = family_options(family)
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
+    given = dict(options or {})
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"family {family!r} has no option {name!r}; allowed: {', '.join(allowed) or 'none'}")
+    if "heads" in allowed:
+        given.setdefault("heads", heads)
+    count = 1 if family == "identity" else depth
+    return nn.Sequential(*(FAMILIES[family](channels, **given) for _ in range(count)))

@@ -1,0 +1,168 @@
+"""Mamba-2's recurrence (state-space duality, arXiv 2405.21060) as chunked matrix products, and its non-causal form.
+
+Shapes: B batch, L length, H heads, P channels of a head, G groups (head h uses group h // (H/G)), N states,
+K chunks, T steps of a chunk, R = H/G. Every exponent is a sum of log decays (never positive), so nothing is ever
+divided by a cumulative decay, which underflows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int = 64, D: Tensor | None = None, *,
+        dt_bias: Tensor | None = None, dt_softplus: bool = False, reverse: bool = False,
+        levels: int | None = None) -> Tensor:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_tᵀ, y_t = C_t h_t + D x_t, as matrix products over chunks.
+
+    x (B, L, H, P), dt (B, L, H) positive (or `dt_softplus`), A (H) negative, B and C (B, L, G, N), D (H) ->
+    (B, L, H, P) in x's dtype; half-precision input is computed in float32. `reverse` runs the recurrence from the
+    last step to the first without flipping anything. `levels` says how often chunks are grouped again; None takes
+    what L needs, 1 keeps the graph free of decisions on L (for export, L up to a few thousand). Raises ValueError
+    for shapes that do not fit, zero length included. Source: listing 1 of the paper; mamba-ssm's argument order.
+    """
+    _check(x, dt, A, B, C, D)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    batch, length, heads, width = x.shape
+    groups, states = B.shape[2:]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    dt = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
+    dt = F.softplus(dt) if dt_softplus else dt
+    # Padded steps have dt = 0: they decay nothing and add nothing, whichever way the recurrence runs.
+    pad = -length % chunk_size
+    dt_BKTH = F.pad(dt, (0, 0, 0, pad)).reshape(batch, -1, chunk_size, heads)
+    x_BKTHP = F.pad(x.to(dtype), (0, 0, 0, 0, 0, pad)).reshape(batch, -1, chunk_size, heads, width)
+    B_BKGTN, C_BKGTN = (F.pad(m.to(dtype), (0, 0, 0, 0, 0, pad)).reshape(
+        batch, -1, chunk_size, groups, states).transpose(2, 3) for m in (B, C))
+
+    past_TT = _past(chunk_size, reverse=reverse, like=dt)
+    decay_BKHT = (dt_BKTH * A.to(dtype)).transpose(2, 3)
+    sum_BKHT = decay_BKHT @ past_TT.T
+    total_BKH = decay_BKHT.sum(-1)
+    xdt_BKTHP = x_BKTHP * dt_BKTH[..., None]
+
+    inside = _inside_chunks(xdt_BKTHP, sum_BKHT, B_BKGTN, C_BKGTN, past_TT)
+    grouped = (batch, -1, chunk_size, groups, heads // groups * width)
+    tail_BKTH1 = torch.exp(total_BKH[..., None] - sum_BKHT).transpose(2, 3)[..., None]
+    left_BKGNQ = B_BKGTN.transpose(3, 4) @ (xdt_BKTHP * tail_BKTH1).reshape(grouped).transpose(2, 3)
+    carried_BKGNQ = _carry_grouped(left_BKGNQ, total_BKH, chunk_size, reverse=reverse, levels=levels)
+    before = (C_BKGTN @ carried_BKGNQ).transpose(2, 3).reshape(batch, -1, chunk_size, heads, width)
+    y = inside.transpose(2, 3) + before * torch.exp(sum_BKHT).transpose(2, 3)[..., None]
+    y = y.reshape(batch, -1, heads, width)[:, :length]
+    if D is not None:
+        y = y + x.to(dtype) * D.to(dtype)[:, None]
+    return y.to(x.dtype)
+
+
+def _past(size: int, *, reverse: bool, like: Tensor) -> Tensor:
+    """1 where step t (row) has seen step s (column), itself included."""
+    ones = torch.ones(size, size, dtype=like.dtype, device=like.device)
+    return ones.triu() if reverse else ones.tril()
+
+
+def _inside_chunks(xdt_BKTHP: Tensor, sum_BKHT: Tensor, B_BKGTN: Tensor, C_BKGTN: Tensor, past_TT: Tensor) -> Tensor:
+    """What the steps of a chunk add to each other: (C Bᵀ ∘ decay) x -> (B, K, H, T, P)."""
+    heads, groups = xdt_BKTHP.shape[3], B_BKGTN.shape[2]
+    scores = C_BKGTN @ B_BKGTN.transpose(3, 4)
+    if groups > 1:
+        scores = scores.repeat_interleave(heads // groups, 2)
+    # The mask is applied before exp as well: a step not seen has a positive exponent, which may overflow.
+    exponent = (sum_BKHT[..., :, None] - sum_BKHT[..., None, :]) * past_TT
+    return (scores * (torch.exp(exponent) * past_TT)) @ xdt_BKTHP.transpose(2, 3)
+
+
+def _carry_grouped(left_BKGNQ: Tensor, total_BKH: Tensor, chunk_size: int, *, reverse: bool,
+                   levels: int | None) -> Tensor:
+    """State that enters each chunk, from what each chunk leaves behind: (B, K, G, N, R·P) -> same."""
+    batch, _, groups, states, columns = left_BKGNQ.shape
+    heads = total_BKH.shape[2]
+    width = columns * groups // heads
+    left = left_BKGNQ.reshape(batch, -1, groups * states, columns // width, width)
+    if groups > 1:
+        left = left_BKGNQ.unflatten(4, (-1, width)).transpose(3, 4).flatten(2, 3)  # (B, K, H, N, P)
+        left_BHKQ = left.permute(0, 2, 1, 3, 4).flatten(3)
+    else:
+        left_BHKQ = left.permute(0, 3, 1, 2, 4).flatten(3)  # (B, H, K, N·P), rank 5 all the way
+    carried = carry(left_BHKQ, total_BKH.transpose(1, 2), chunk_size, reverse=reverse, levels=levels)
+    carried = carried.reshape(batch, heads, -1, states, width)
+    if groups > 1:
+        return carried.permute(0, 2, 1, 3, 4).unflatten(2, (groups, -1)).transpose(3, 4).flatten(4)
+    return carried.permute(0, 2, 3, 1, 4).reshape(batch, -1, 1, states, columns)
+
+
+def carry(left_BHKQ: Tensor, total_BHK: Tensor, group: int, *, reverse: bool = False,
+          levels: int | None = None) -> Tensor:
+    """e_k = Σ over earlier j of exp(total_{j+1} + … + total_{k-1}) left_j: the state that enters chunk k.
+
+    Matrix products over groups of `group` chunks, grouped again up to `levels` times, so the work stays
+    proportional to K.
+    """
+    chunks = left_BHKQ.shape[2]
+    if levels == 1 or (levels is None and chunks <= group):
+        return _carry_matrix(left_BHKQ, total_BHK, reverse=reverse)
+    pad = -chunks % group
+    left = F.pad(left_BHKQ, (0, 0, 0, pad)).unflatten(2, (-1, group))
+    total = F.pad(total_BHK, (0, pad)).unflatten(2, (-1, group))
+    inside = _carry_matrix(left, total, reverse=reverse)
+    last = 0 if reverse else -1
+    group_left = inside[..., last, :] * torch.exp(total[..., last, None]) + left[..., last, :]
+    entering = carry(group_left, total.sum(-1), group, reverse=reverse, levels=None if levels is None else levels - 1)
+    before = _past(group, reverse=reverse, like=total) - torch.eye(group, dtype=total.dtype, device=total.device)
+    result = inside + torch.exp(total @ before.T)[..., None] * entering[..., None, :]
+    return result.flatten(2, 3)[:, :, :chunks]
+
+
+def _carry_matrix(left: Tensor, total: Tensor, *, reverse: bool) -> Tensor:
+    """`carry` as one matrix product; left (…, K, Q), total (…, K)."""
+    past = _past(total.shape[-1], reverse=reverse, like=total)
+    # total.sum over steps strictly between: cumulative (own step excluded) minus cumulative (own step included).
+    included = total @ past.T
+    before = past * past.T.neg().add(1)
+    exponent = ((included - total)[..., :, None] - included[..., None, :]) * before
+    return (torch.exp(exponent) * before) @ left
+
+
+def ssd_loop(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *,
+             reverse: bool = False) -> Tensor:
+    """Readable twin of `ssd`, one step at a time; same shapes."""
+    _check(x, dt, A, B, C, D)
+    batch, length, heads, width = x.shape
+    B_BLHN, C_BLHN = (m.repeat_interleave(heads // m.shape[2], 2) for m in (B, C))
+    state = x.new_zeros(batch, heads, width, B.shape[3])
+    y = [x.new_zeros(batch, heads, width)] * length
+    for t in (reversed(range(length)) if reverse else range(length)):
+        write = (dt[:, t, :, None] * x[:, t])[..., None] * B_BLHN[:, t, :, None, :]
+        state = torch.exp(dt[:, t] * A)[..., None, None] * state + write
+        y[t] = (state * C_BLHN[:, t, :, None, :]).sum(-1)
+    result = torch.stack(y, 1)
+    return result if D is None else result + x * D[:, None]
+
+
+def ssd_noncausal(x: Tensor, weight: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """One state for all steps: y_l = C_lᵀ Σ_j weight_j B_j x_jᵀ, two matrix products (VSSD, arXiv 2407.18559).
+
+    Steps last, as an image has them: x (B, H, P, L), weight (B, H, L), B and C (B, N, L) -> (B, H, P, L). The
+    weight says how much a step writes into the state of its head; without decay there is no order.
+    """
+    if x.ndim != 4 or weight.shape != (x.shape[0], x.shape[1], x.shape[3]):
+        raise ValueError(f"x is (B, H, P, L) and weight (B, H, L), got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if B.ndim != 3 or B.shape != C.shape or B.shape[::2] != x.shape[::3]:
+        raise ValueError(f"B and C are (B, N, L) beside x {tuple(x.shape)}, got {tuple(B.shape)} and {tuple(C.shape)}")
+    weighted = (x * weight[:, :, None]).flatten(1, 2)
+    state_BQN = weighted @ B.transpose(1, 2)
+    return (state_BQN @ C).view(x.shape)
+
+
+def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> None:
+    if x.ndim != 4 or x.shape[1] == 0:
+        raise ValueError(f"x is (B, L, H, P) with L at least 1, got {tuple(x.shape)}")
+    heads = x.shape[2]
+    if dt.shape != x.shape[:3] or A.shape != (heads,) or (D is not None and D.shape != (heads,)):
+        raise ValueError(f"beside x {tuple(x.shape)}, dt is (B, L, H), A and D are (H); got dt {tuple(dt.shape)}, "
+                         f"A {tuple(A.shape)}, D {None if D is None else tuple(D.shape)}")
+    if B.ndim != 4 or B.shape != C.shape or B.shape[:2] != x.shape[:2] or heads % max(B.shape[2], 1):
+        raise ValueError(f"B and C are (B, L, G, N), G dividing {heads} heads, beside x {tuple(x.shape)}; "
+                         f"got {tuple(B.shape)} and {tuple(C.shape)}")
