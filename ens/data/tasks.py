@@ -1,0 +1,327 @@
+"""Tasks: a degradation with its parameters, and the evaluation protocol that goes with it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import numpy as np
+
+from ens.data.degradations import (
+    Range,
+    add_gaussian_noise,
+    add_protocol_noise,
+    add_rain,
+    blur,
+    compress_jpeg,
+    draw_motion_kernel,
+    quantise,
+    resize_bicubic,
+)
+from ens.data.images import FloatImage
+
+VALIDATION_SEED = 2026
+_JPEG_GRID_PX = 16  # a 4:2:0 unit: two 8×8 blocks each way
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How an output is scored: `colour` is a rule of `convert_colour`, `border_px` is cut from each side first,
+    `quantised` says whether output and target are clipped and rounded to uint8 before anything else.
+    """
+
+    name: str
+    colour: str
+    border_px: int = 0
+    quantised: bool = True
+
+
+PROTOCOLS = {protocol.name: protocol for protocol in (
+    Protocol("denoise-color-awgn", "rgb"),
+    Protocol("denoise-sidd", "rgb", quantised=False),
+    Protocol("derain-y", "y_rounded"),
+    Protocol("deblur-rgb", "rgb"),
+    Protocol("sr-y", "y"),
+    Protocol("sr-rgb", "rgb", border_px=4),  # NTIRE efficient super-resolution
+    Protocol("csr-y", "y", border_px=4),
+    Protocol("jpeg-y", "gray"),
+)}
+
+
+def find_protocol(name: str, *, scale: int = 1) -> Protocol:
+    """The protocol of that name; `sr-y` cuts `scale` pixels from each side. Raises KeyError naming the right ones."""
+    if name not in PROTOCOLS:
+        raise KeyError(f"no protocol {name!r}; there are {', '.join(PROTOCOLS)}")
+    return replace(PROTOCOLS[name], border_px=scale) if name == "sr-y" else PROTOCOLS[name]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every task offers. Images are float32 (H, W, C) in [0, 1]; noise alone may leave that range.
+
+    A patch degraded inside a window of `margin_px` clean pixels around it, the window starting at a multiple of
+    `grid_px`, equals the same patch of the degraded whole image when the degradation is not random.
+    """
+
+    name: ClassVar[str]
+    protocol_name: ClassVar[str]
+
+    @property
+    def scale(self) -> int:
+        """Output height over input height."""
+        return 1
+
+    @property
+    def margin_px(self) -> int:
+        return 0
+
+    @property
+    def grid_px(self) -> int:
+        return self.scale
+
+    @property
+    def protocol(self) -> Protocol:
+        return find_protocol(self.protocol_name, scale=self.scale)
+
+    def prepare(self, clean: FloatImage) -> FloatImage:
+        """The target: `clean` cropped to a multiple of the scale (and reduced to luma where the protocol is gray)."""
+        height, width = clean.shape[0] // self.scale * self.scale, clean.shape[1] // self.scale * self.scale
+        return clean[:height, :width]
+
+    def degrade(self, clean: FloatImage, rng: np.random.Generator) -> FloatImage:
+        """Degrade a prepared image for training; everything random comes from `rng`."""
+        raise NotImplementedError
+
+    def degrade_for_validation(self, clean: FloatImage, index: int) -> FloatImage:
+        """Degrade a prepared image as the protocol says, or seeded by the image's index where it says nothing."""
+        return self.degrade(clean, np.random.default_rng((VALIDATION_SEED, index)))
+
+
+@dataclass(frozen=True)
+class Denoise(Task):
+    """White Gaussian noise: fixed `sigma_255`, or blind: uniform in a range such as (0, 50).
+
+    A blind task is validated at `validation_sigma_255` (25 unless said); a fixed one at its own σ.
+    """
+
+    name: ClassVar[str] = "denoise"
+    protocol_name: ClassVar[str] = "denoise-color-awgn"
+    sigma_255: float | Range = 25.0
+    validation_sigma_255: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sigma_255, tuple):
+            _check_range(self, "sigma_255", self.sigma_255, 0, 255)
+        elif not 0 <= self.sigma_255 <= 255:
+            raise ValueError(f"denoise: sigma_255 goes from 0 to 255, got {self.sigma_255}")
+
+    def degrade(self, clean: FloatImage, rng: np.random.Generator) -> FloatImage:
+        sigma = rng.uniform(*self.sigma_255) if isinstance(self.sigma_255, tuple) else self.sigma_255
+        return add_gaussian_noise(clean, sigma, rng)
+
+    def degrade_for_validation(self, clean: FloatImage, index: int) -> FloatImage:
+        fixed = 25.0 if isinstance(self.sigma_255, tuple) else self.sigma_255
+        return add_protocol_noise(clean, fixed if self.validation_sigma_255 is None else self.validation_sigma_255)
+
+
+@dataclass(frozen=True)
+class Derain(Task):
+    """Synthetic rain streaks, ranges as in `add_rain`; density is streaks per pixel, angle is from the vertical."""
+
+    name: ClassVar[str] = "derain"
+    protocol_name: ClassVar[str] = "derain-y"
+    angle_deg: Range = (-25.0, 25.0)
+    length_px: Range = (12.0, 50.0)
+    density: Range = (0.0005, 0.008)
+    brightness: Range = (0.3, 0.7)
+
+    def __post_init__(self) -> None:
+        _check_range(self, "angle_deg", self.angle_deg, -90, 90)
+        _check_range(self, "length_px", self.length_px, 1, 500)
+        _check_range(self, "density", self.density, 0, 1)
+        _check_range(self, "brightness", self.brightness, 0, 1)
+
+    def degrade(self, clean: FloatImage, rng: np.random.Generator) -> FloatImage:
+        return quantise(add_rain(clean, rng, angle_deg=self.angle_deg, length_px=self.length_px,
+                                 density=self.density, brightness=self.brightness))
+
+
+@dataclass(frozen=True)
+class Deblur(Task):
+    """Synthetic camera motion: path length drawn from `length_px`, straightness from `shake` (0 is a line)."""
+
+    name: ClassVar[str] = "deblur"
+    protocol_name: ClassVar[str] = "deblur-rgb"
+    length_px: Range = (5.0, 30.0)
+    shake: float = 0.15
+
+    def __post_init__(self) -> None:
+        _check_range(self, "length_px", self.length_px, 0, 200)
+        if not 0 <= self.shake <= 1:
+            raise ValueError(f"deblur: shake goes from 0 to 1, got {self.shake}")
+
+    @property
+    def margin_px(self) -> int:
+        return int(self.length_px[1]) + 2
+
+    def degrade(self, clean: FloatImage, rng: np.random.Generator) -> FloatImage:
+        kernel = draw_motion_kernel(rng, length_px=rng.uniform(*self.length_px), shake=self.shake)
+        return quantise(blur(clean, kernel))
+
+
+@dataclass(frozen=True)
+class SuperResolve(Task):
+    """Upscaling by 2, 3 or 4 from MATLAB-like antialiased bicubic, saved with 8 bits."""
+
+    name: ClassVar[str] = "sr"
+    protocol_name: ClassVar[str] = "sr-y"
+    upscale: int = 4
+
+    def __post_init__(self) -> None:
+        _check_scale(self, self.upscale)
+
+    @property
+    def scale(self) -> int:
+        return self.upscale
+
+    @property
+    def margin_px(self) -> int:
+        return 4 * self.upscale
+
+    def degrade(self, clean: FloatImage, rng: np.random.Generator) -> FloatImage:
+        height, width = clean.shape[0] // self.upscale, clean.shape[1] // self.upscale
+        return quantise(resize_bicubic(clean, height=height, width=width))
+
+
+@dataclass(frozen=True)
+class SuperResolveJpeg(Task):
+    """Compressed super-resolution: bicubic down by `upscale`, then JPEG of one quality (10, 20, 30, 40)."""
+
+    name: ClassVar[str] = "csr"
+    protocol_name: ClassVar[str] = "csr-y"
+    upscale: int = 4
+    quality: int = 10
+
+    def __post_init__(self) -> None:
+        _check_scale(self, self.upscale)
+        _check_quality(self, self.quality)
+
+    @property
+    def scale(self) -> int:
+        return self.upscale
+
+    @property
+    def margin_px(self) -> int:
+        return self.grid_px
+
+    @property
+    def grid_px(self) -> int:
+        return _JPEG_GRID_PX * self.upscale
+
+    def degrade(self, clean: FloatImage, rng: np.random.Generator) -> FloatImage:
+        height, width = clean.shape[0] // self.upscale, clean.shape[1] // self.upscale
+        return compress_jpeg(resize_bicubic(clean, height=height, width=width), self.quality)
+
+
+@dataclass(frozen=True)
+class Jpeg(Task):
+    """JPEG artefacts on gray images of one quality; a colour image is first reduced to its BT.601 studio luma.
+
+    With three channels the gray image is repeated, so that colour networks can be trained and scored on it.
+    """
+
+    name: ClassVar[str] = "jpeg"
+    protocol_name: ClassVar[str] = "jpeg-y"
+    quality: int = 10
+
+    def __post_init__(self) -> None:
+        _check_quality(self, self.quality)
+
+    @property
+    def margin_px(self) -> int:
+        return _JPEG_GRID_PX
+
+    @property
+    def grid_px(self) -> int:
+        return _JPEG_GRID_PX
+
+    def prepare(self, clean: FloatImage) -> FloatImage:
+        if clean.shape[2] == 1 or (np.ptp(clean, axis=2) == 0).all():
+            return clean
+        luma = 16 + clean.astype(np.float64) @ np.array([65.481, 128.553, 24.966])
+        gray = np.rint(luma).astype(np.float32)[..., None] / np.float32(255)
+        return np.broadcast_to(gray, clean.shape)
+
+    def degrade(self, clean: FloatImage, rng: np.random.Generator) -> FloatImage:
+        return np.broadcast_to(compress_jpeg(clean[..., :1], self.quality), clean.shape)
+
+
+TASKS: dict[str, type[Task]] = {
+    "denoise": Denoise,
+    "derain": Derain,
+    "deblur": Deblur,
+    "sr": SuperResolve,
+    "csr": SuperResolveJpeg,
+    "jpeg": Jpeg,
+}
+
+
+def create_task(name: str, options: Mapping[str, object] | None = None) -> Task:
+    """Task from its name and options: `create_task("denoise", {"sigma_255": 25})`.
+
+    The name may carry its usual numbers: `sr_x4`, `csr_x4_q10`, `jpeg_q10`, `denoise_s25`. Ranges are two numbers.
+    Raises KeyError for an unknown name, ValueError for an unknown option (naming the nearest) or a value out of range.
+    """
+    base, *suffixes = name.split("_")
+    if base not in TASKS:
+        raise KeyError(f"no task {name!r}; there are {', '.join(TASKS)} (also sr_x4, csr_x4_q10, jpeg_q10, denoise_s25)")
+    known = {field.name for field in fields(TASKS[base])}
+    merged: dict[str, object] = {**_suffix_options(name, suffixes, known), **(options or {})}
+    for key in merged:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), 1, 0.0)
+            raise ValueError(f"task {base} has no option {key!r}; the nearest is {near[0]!r} of {sorted(known)}")
+    constructor: type = TASKS[base]
+    return constructor(**{key: _as_value(base, key, value) for key, value in merged.items()})  # type: ignore[no-any-return]
+
+
+_SUFFIXES = {"x": "upscale", "q": "quality", "s": "sigma_255"}
+
+
+def _suffix_options(name: str, suffixes: list[str], known: set[str]) -> dict[str, object]:
+    options: dict[str, object] = {}
+    for suffix in suffixes:
+        match = re.fullmatch(r"(?P<letter>[xqs])(?P<number>\d+)", suffix)
+        if match is None or _SUFFIXES[match["letter"]] not in known:
+            raise KeyError(f"task name {name!r} is not understood at {suffix!r}; write for instance sr_x4, csr_x4_q10, "
+                           "jpeg_q10 or denoise_s25")
+        options[_SUFFIXES[match["letter"]]] = int(match["number"])
+    return options
+
+
+def _as_value(task: str, key: str, value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, int | float) for part in value):
+        return (float(value[0]), float(value[1]))
+    if value is None:
+        return None
+    raise ValueError(f"task {task}: {key} is a number or a range of two numbers, got {value!r}")
+
+
+def _check_range(task: Task, key: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, tuple) or len(value) != 2 or not low <= value[0] <= value[1] <= high:
+        raise ValueError(f"{task.name}: {key} is a range of two numbers, low first, within {low} to {high}, got {value}")
+
+
+def _check_scale(task: Task, upscale: int) -> None:
+    if upscale not in (2, 3, 4):
+        raise ValueError(f"{task.name}: upscale is 2, 3 or 4, got {upscale}")
+
+
+def _check_quality(task: Task, quality: int) -> None:
+    if not 1 <= quality <= 100:
+        raise ValueError(f"{task.name}: quality goes from 1 to 100, got {quality}")
