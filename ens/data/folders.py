@@ -1,0 +1,136 @@
+"""Data-set folders people have: flat clean images, `input/ target/`, `HR/ LR_bicubic/X4/`, and built-in photos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ens.data.images import ImageError, Pixels, list_images, read_photo, to_float, to_pixels
+
+BUILTIN_PHOTOS = "builtin:photos"
+_PHOTO_FILES = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+_PAIR_FOLDERS = (("input", "target"), ("blur", "sharp"))
+_MAX_SHOWN = 10
+_LUMA = np.array([0.299, 0.587, 0.114])
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message lists the first ten offenders."""
+
+
+@dataclass(frozen=True)
+class PairPath:
+    """One image of a data set; `degraded` is None where the task makes it from `clean`."""
+
+    name: str
+    clean: Path
+    degraded: Path | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One decoded image: (H, W, C) pixels, and its degraded twin where the folder holds one."""
+
+    name: str
+    clean: Pixels
+    degraded: Pixels | None = None
+
+
+def find_pairs(folder: str | Path, *, scale: int = 1) -> list[PairPath]:
+    """Images of a folder by its layout: `input/ target/` (or `blur/ sharp/`), `HR/ LR_bicubic/X4/`, or flat and clean.
+
+    `builtin:photos` are the colour photos scikit-image ships. Raises FileNotFoundError for a missing folder and
+    DataError for images without partner, the first ten listed.
+    """
+    if str(folder) == BUILTIN_PHOTOS:
+        return [PairPath(path.stem, path) for path in _builtin_photos()]
+    root = Path(folder)
+    for degraded, clean in _PAIR_FOLDERS:
+        if scale == 1 and (root / degraded).is_dir() and (root / clean).is_dir():
+            return _match(list_images(root / clean), list_images(root / degraded), suffix="")
+    low = root / "LR_bicubic" / f"X{scale}"
+    if scale > 1 and (root / "HR").is_dir():
+        clean_paths = list_images(root / "HR")
+        return _match(clean_paths, list_images(low), suffix=f"x{scale}") if low.is_dir() else _flat(clean_paths)
+    return _flat(list_images(root))
+
+
+def _flat(paths: Sequence[Path]) -> list[PairPath]:
+    return [PairPath(path.stem, path) for path in paths]
+
+
+def _builtin_photos() -> list[Path]:
+    try:
+        import skimage
+    except ImportError:
+        raise ModuleNotFoundError(f"{BUILTIN_PHOTOS} are the photos of scikit-image, which is not installed") from None
+    folder = Path(skimage.__file__).parent / "data"
+    return [folder / name for name in _PHOTO_FILES]
+
+
+def _match(clean: Sequence[Path], degraded: Sequence[Path], *, suffix: str) -> list[PairPath]:
+    by_name = {path.stem.removesuffix(suffix): path for path in degraded}
+    names = {path.stem for path in clean}
+    alone = [f"{path.name} has no degraded partner" for path in clean if path.stem not in by_name]
+    alone += [f"{by_name[name].name} has no clean partner" for name in sorted(by_name) if name not in names]
+    if alone:
+        raise DataError(f"{len(clean)} clean images in {clean[0].parent} and {len(degraded)} degraded in "
+                        f"{degraded[0].parent} do not match{format_offenders(alone)}")
+    return [PairPath(path.stem, path, by_name[path.stem]) for path in clean]
+
+
+def format_offenders(offenders: Sequence[str]) -> str:
+    """`: a; b; c and 7 more`, ten at most."""
+    more = f" and {len(offenders) - _MAX_SHOWN} more" if len(offenders) > _MAX_SHOWN else ""
+    return ": " + "; ".join(offenders[:_MAX_SHOWN]) + more
+
+
+def load_pairs(folder: str | Path, *, scale: int = 1, channels: int = 3, limit: int | None = None) -> list[Pair]:
+    """Decode the first `limit` images of a folder (all of them by default) with 1 or 3 channels.
+
+    Raises DataError listing every unreadable image and every pair whose sizes do not fit, before anything is used.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"images are loaded with 1 or 3 channels, got {channels}")
+    pairs: list[Pair] = []
+    offenders: list[str] = []
+    paths = find_pairs(folder, scale=scale)[:limit]
+    for path in paths:
+        try:
+            pair = Pair(path.name, _read(path.clean, channels),
+                        None if path.degraded is None else _read(path.degraded, channels))
+        except ImageError as error:
+            offenders.append(str(error))
+            continue
+        offenders += _size_mismatch(pair, scale)
+        pairs.append(pair)
+    if offenders:
+        raise DataError(f"{len(offenders)} of {len(paths)} images of {folder} cannot be used{format_offenders(offenders)}")
+    return pairs
+
+
+def _read(path: Path, channels: int) -> Pixels:
+    return with_channels(read_photo(path).pixels, channels)
+
+
+def with_channels(pixels: Pixels, channels: int) -> Pixels:
+    """Gray repeated to three channels, or colour reduced to BT.601 gray; the depth stays."""
+    if pixels.shape[2] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=2)
+    gray: NDArray[np.float64] = to_float(pixels).astype(np.float64) @ _LUMA
+    return to_pixels(gray[..., None].astype(np.float32), np.uint16 if pixels.dtype == np.uint16 else np.uint8)
+
+
+def _size_mismatch(pair: Pair, scale: int) -> list[str]:
+    if pair.degraded is None:
+        return []
+    clean, degraded = pair.clean.shape[:2], pair.degraded.shape[:2]
+    if (clean[0] // scale, clean[1] // scale) == degraded:
+        return []
+    return [f"{pair.name} is {clean[1]}×{clean[0]} clean and {degraded[1]}×{degraded[0]} degraded, scale {scale}"]

@@ -1,0 +1,164 @@
+"""(degraded, clean) training patches and validation images; every batch is rebuilt from (seed, index) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ens.data.folders import DataError, Pair, format_offenders, load_pairs
+from ens.data.images import Fingerprint, FloatImage, fingerprint_images, to_float, to_pixels
+from ens.data.tasks import Task
+
+Bytes = NDArray[np.uint8]
+
+
+class Patches:
+    """Random training patches of images held in memory as uint8 (three bytes a pixel).
+
+    `batch` depends on (seed, index) and nothing else, sample by sample, so that a resumed run, or several processes
+    that share a batch, see exactly the patches of one uninterrupted process.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], task: Task, *, seed: int = 0) -> None:
+        if not pairs:
+            raise DataError("no images to cut patches from")
+        self._task = task
+        self._seed = seed
+        self._images = [_prepare_bytes(pair, task) for pair in pairs]
+        self._names = [pair.name for pair in pairs]
+
+    @property
+    def max_patch_px(self) -> int:
+        """Largest input patch that fits into every image."""
+        return min(min(clean.shape[:2]) for clean, _ in self._images) // self._task.scale
+
+    def batch(self, index: int, batch_size: int, patch_px: int, *, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Batch number `index`: degraded (B, C, patch_px, patch_px) and clean, `scale` times larger; float32.
+
+        Of a batch shared by several processes, `first` is the position of this process's first sample. Raises
+        DataError where a patch does not fit into every image.
+        """
+        if patch_px > self.max_patch_px:
+            side = patch_px * self._task.scale
+            small = [f"{name} is {clean.shape[1]}×{clean.shape[0]}"
+                     for name, (clean, _) in zip(self._names, self._images, strict=True) if min(clean.shape[:2]) < side]
+            raise DataError(f"patches of {side} px do not fit into {len(small)} images{format_offenders(small)}")
+        samples = [self._sample(np.random.default_rng((self._seed, index, first + position)), patch_px)
+                   for position in range(batch_size)]
+        degraded, clean = (torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
+                           for images in zip(*samples, strict=True))
+        return degraded, clean
+
+    def _sample(self, rng: np.random.Generator, patch_px: int) -> tuple[FloatImage, FloatImage]:
+        clean, degraded = self._images[rng.integers(len(self._images))]
+        symmetry = int(rng.integers(8))
+        # The image is turned before it is degraded: rain must not fall sideways.
+        clean = _turn(clean, symmetry)
+        scale = self._task.scale
+        top, left = (int(rng.integers(size // scale - patch_px + 1)) for size in clean.shape[:2])
+        if degraded is None:
+            return _degrade_patch(clean, self._task, rng, top=top, left=left, patch_px=patch_px)
+        return (to_float(_cut(_turn(degraded, symmetry), top, left, patch_px)),
+                to_float(_cut(clean, top * scale, left * scale, patch_px * scale)))
+
+
+def _prepare_bytes(pair: Pair, task: Task) -> tuple[Bytes, Bytes | None]:
+    clean = to_pixels(task.prepare(to_float(pair.clean)))
+    if pair.degraded is None:
+        return np.asarray(clean, np.uint8), None
+    degraded = to_float(pair.degraded)
+    return np.asarray(clean, np.uint8), np.asarray(to_pixels(task.prepare(degraded) if task.scale == 1 else degraded))
+
+
+def _turn(image: Bytes, symmetry: int) -> Bytes:
+    """One of the eight symmetries of the square, as a view."""
+    turned = image[::-1] if symmetry & 1 else image
+    turned = turned[:, ::-1] if symmetry & 2 else turned
+    return turned.swapaxes(0, 1) if symmetry & 4 else turned
+
+
+def _cut(image: Bytes, top: int, left: int, side: int) -> Bytes:
+    return image[top:top + side, left:left + side]
+
+
+def _degrade_patch(clean: Bytes, task: Task, rng: np.random.Generator, *, top: int, left: int,
+                   patch_px: int) -> tuple[FloatImage, FloatImage]:
+    """Degrade a patch in the context the task asks for, so that blur and resampling see no patch border."""
+    scale = task.scale
+    rows, columns = (_window(start * scale, patch_px * scale, size, task)
+                     for start, size in zip((top, left), clean.shape[:2], strict=True))
+    window = to_float(np.ascontiguousarray(clean[rows, columns]))
+    degraded = task.degrade(window, rng)
+    inner_top, inner_left = top - rows.start // scale, left - columns.start // scale
+    return (degraded[inner_top:inner_top + patch_px, inner_left:inner_left + patch_px],
+            to_float(_cut(clean, top * scale, left * scale, patch_px * scale)))
+
+
+def _window(start: int, length: int, size: int, task: Task) -> slice:
+    grid = task.grid_px
+    low = max(0, start - task.margin_px) // grid * grid
+    high = -(-(start + length + task.margin_px) // grid) * grid
+    return slice(low, min(size, high))
+
+
+@dataclass(frozen=True)
+class ValidationImage:
+    """`degraded` (C, H, W) and `clean` (C, scale·H, scale·W), float32; noise may leave [0, 1]."""
+
+    name: str
+    degraded: Tensor
+    clean: Tensor
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Images in a fixed order, and the fingerprint of the pixels they were made of."""
+
+    images: tuple[ValidationImage, ...]
+    fingerprint: Fingerprint
+
+
+def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, crop_px: int | None = None,
+                        limit: int | None = None) -> ValidationSet:
+    """Validation images of a folder (or `builtin:photos`), degraded as the task's protocol says where it is clean.
+
+    `crop_px` cuts the centre of every target to at most that side, rounded down to a multiple of 8 inputs' pixels;
+    without it images stay whole. The same arguments give the same pixels. Raises as `load_pairs` does.
+    """
+    pairs = [_crop_centre(pair, crop_px, task.scale) if crop_px else pair
+             for pair in load_pairs(folder, scale=task.scale, channels=channels, limit=limit)]
+    images = tuple(_degrade_whole(pair, task, index) for index, pair in enumerate(pairs))
+    pixels = [image for pair in pairs for image in (pair.clean, pair.degraded) if image is not None]
+    return ValidationSet(images, fingerprint_images(pixels))
+
+
+def _crop_centre(pair: Pair, crop_px: int, scale: int) -> Pair:
+    step = 8 * scale
+    if crop_px < step:
+        raise ValueError(f"crop_px is at least {step}, got {crop_px}")
+    height, width = (max(step, min(crop_px, size) // step * step) for size in pair.clean.shape[:2])
+    top, left = ((size - kept) // 2 // scale for size, kept in zip(pair.clean.shape[:2], (height, width), strict=True))
+    clean = pair.clean[top * scale:top * scale + height, left * scale:left * scale + width]
+    degraded = None if pair.degraded is None else (
+        pair.degraded[top:top + height // scale, left:left + width // scale])
+    return Pair(pair.name, clean, degraded)
+
+
+def _degrade_whole(pair: Pair, task: Task, index: int) -> ValidationImage:
+    clean = task.prepare(to_float(pair.clean))
+    if pair.degraded is None:
+        degraded = task.degrade_for_validation(clean, index)
+    else:
+        degraded = to_float(pair.degraded)
+        degraded = task.prepare(degraded) if task.scale == 1 else degraded
+    return ValidationImage(pair.name, _as_tensor(degraded), _as_tensor(clean))
+
+
+def _as_tensor(image: FloatImage) -> Tensor:
+    return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32))
