@@ -112,8 +112,9 @@ def blur(clean: FloatImage, kernel: FloatImage) -> FloatImage:
 def resize_bicubic(image: FloatImage, *, height: int, width: int) -> FloatImage:
     """MATLAB's `imresize(…, 'bicubic')`: a = −0.5, antialiased when shrinking, symmetric border; not clipped."""
     rows, columns = _resize_matrix(image.shape[0], height), _resize_matrix(image.shape[1], width)
-    resized = np.einsum("hi,ijc->hjc", rows, image.astype(np.float64), optimize=True)
-    return np.asarray(np.einsum("wj,hjc->hwc", columns, resized, optimize=True), np.float32)
+    resized = rows @ image.reshape(image.shape[0], -1).astype(np.float64)
+    # matmul broadcasts over the rows: (width, W) @ (height, W, C).
+    return np.asarray(columns @ resized.reshape(height, *image.shape[1:]), np.float32)
 
 
 @lru_cache(maxsize=64)

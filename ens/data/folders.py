@@ -109,7 +109,8 @@ def load_pairs(folder: str | Path, *, scale: int = 1, channels: int = 3, limit: 
         offenders += _size_mismatch(pair, scale)
         pairs.append(pair)
     if offenders:
-        raise DataError(f"{len(offenders)} of {len(paths)} images of {folder} cannot be used{format_offenders(offenders)}")
+        raise DataError(f"{len(offenders)} of {len(paths)} images of {folder} cannot be used"
+                        f"{format_offenders(offenders)}")
     return pairs
 
 

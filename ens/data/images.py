@@ -17,9 +17,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+Pixels = NDArray[np.uint8 | np.uint16]
 FloatImage = NDArray[np.float32]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -27,7 +27,7 @@ SIXTEEN_BIT_SUFFIXES = (".png", ".tif", ".tiff")
 ALPHA_SUFFIXES = (".png", ".tif", ".tiff", ".webp")
 _BITS_PER_SAMPLE = 258  # TIFF tag
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error, zlib.error,
-                  Image.DecompressionBombError)
+                  Image.DecompressionBombError, cv2.error)
 
 
 class ImageError(ValueError):
@@ -62,7 +62,7 @@ def read_photo(path: str | Path) -> Photo:
         raise ImageError(path, "is a git-lfs pointer, not the image itself; fetch it with `git lfs pull`")
     try:
         return _decode(data)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageError(path, "is not an image, or is damaged beyond recognition") from None
     except _DECODE_ERRORS as error:
         raise ImageError(path, f"is corrupt or truncated ({error})") from None
@@ -96,11 +96,11 @@ def _is_sixteen_bit(image: Image.Image, data: bytes) -> bool:
     return image.mode.startswith("I;16")
 
 
-def _decode_sixteen_bit(data: bytes, orientation: int) -> NDArray[np.uint16]:
+def _decode_sixteen_bit(data: bytes, orientation: int) -> Pixels:
     decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if decoded is None or decoded.dtype != np.uint16:
         raise ValueError("16-bit pixels in a layout that is not read")
-    pixels = _swap_red_blue(np.atleast_3d(decoded))
+    pixels = _swap_red_blue(np.atleast_3d(np.asarray(decoded, np.uint16)))
     return np.ascontiguousarray(_ORIENT[orientation](pixels) if orientation in _ORIENT else pixels)
 
 
@@ -180,8 +180,8 @@ def to_pixels(image: FloatImage, dtype: type[np.uint8] | type[np.uint16] = np.ui
     """float in [0, 1] -> uint8 or uint16, clipped and rounded to nearest. Raises ValueError on NaN."""
     if np.isnan(image).any():
         raise ValueError("the image holds NaN and cannot be written")
-    top = np.iinfo(dtype).max
-    return np.rint(np.clip(image.astype(np.float64), 0, 1) * top).astype(dtype)
+    pixels: Pixels = np.rint(np.clip(image.astype(np.float64), 0, 1) * np.iinfo(dtype).max).astype(dtype)
+    return pixels
 
 
 def list_images(folder: str | Path) -> list[Path]:

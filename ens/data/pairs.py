@@ -36,7 +36,7 @@ class Patches:
     @property
     def max_patch_px(self) -> int:
         """Largest input patch that fits into every image."""
-        return min(min(clean.shape[:2]) for clean, _ in self._images) // self._task.scale
+        return min(int(min(clean.shape[:2])) for clean, _ in self._images) // self._task.scale
 
     def batch(self, index: int, batch_size: int, patch_px: int, *, first: int = 0) -> tuple[Tensor, Tensor]:
         """Batch number `index`: degraded (B, C, patch_px, patch_px) and clean, `scale` times larger; float32.

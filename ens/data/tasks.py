@@ -52,9 +52,9 @@ PROTOCOLS = {protocol.name: protocol for protocol in (
 
 
 def find_protocol(name: str, *, scale: int = 1) -> Protocol:
-    """The protocol of that name; `sr-y` cuts `scale` pixels from each side. Raises KeyError naming the right ones."""
+    """The protocol of that name; `sr-y` cuts `scale` pixels from each side. Raises ValueError naming the right ones."""
     if name not in PROTOCOLS:
-        raise KeyError(f"no protocol {name!r}; there are {', '.join(PROTOCOLS)}")
+        raise ValueError(f"no protocol {name!r}; there are {', '.join(PROTOCOLS)}")
     return replace(PROTOCOLS[name], border_px=scale) if name == "sr-y" else PROTOCOLS[name]
 
 
@@ -115,8 +115,10 @@ class Denoise(Task):
     def __post_init__(self) -> None:
         if isinstance(self.sigma_255, tuple):
             _check_range(self, "sigma_255", self.sigma_255, 0, 255)
-        elif not 0 <= self.sigma_255 <= 255:
-            raise ValueError(f"denoise: sigma_255 goes from 0 to 255, got {self.sigma_255}")
+        else:
+            _check_number(self, "sigma_255", self.sigma_255, 0, 255)
+        if self.validation_sigma_255 is not None:
+            _check_number(self, "validation_sigma_255", self.validation_sigma_255, 0, 255)
 
     def degrade(self, clean: FloatImage, rng: np.random.Generator) -> FloatImage:
         sigma = rng.uniform(*self.sigma_255) if isinstance(self.sigma_255, tuple) else self.sigma_255
@@ -160,8 +162,7 @@ class Deblur(Task):
 
     def __post_init__(self) -> None:
         _check_range(self, "length_px", self.length_px, 0, 200)
-        if not 0 <= self.shake <= 1:
-            raise ValueError(f"deblur: shake goes from 0 to 1, got {self.shake}")
+        _check_number(self, "shake", self.shake, 0, 1)
 
     @property
     def margin_px(self) -> int:
@@ -273,11 +274,12 @@ def create_task(name: str, options: Mapping[str, object] | None = None) -> Task:
     """Task from its name and options: `create_task("denoise", {"sigma_255": 25})`.
 
     The name may carry its usual numbers: `sr_x4`, `csr_x4_q10`, `jpeg_q10`, `denoise_s25`. Ranges are two numbers.
-    Raises KeyError for an unknown name, ValueError for an unknown option (naming the nearest) or a value out of range.
+    Raises ValueError for an unknown name, an unknown option (naming the nearest) or a value out of range.
     """
     base, *suffixes = name.split("_")
     if base not in TASKS:
-        raise KeyError(f"no task {name!r}; there are {', '.join(TASKS)} (also sr_x4, csr_x4_q10, jpeg_q10, denoise_s25)")
+        raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)} "
+                       "(with numbers: sr_x4, csr_x4_q10, jpeg_q10, denoise_s25)")
     known = {field.name for field in fields(TASKS[base])}
     merged: dict[str, object] = {**_suffix_options(name, suffixes, known), **(options or {})}
     for key in merged:
@@ -296,7 +298,7 @@ def _suffix_options(name: str, suffixes: list[str], known: set[str]) -> dict[str
     for suffix in suffixes:
         match = re.fullmatch(r"(?P<letter>[xqs])(?P<number>\d+)", suffix)
         if match is None or _SUFFIXES[match["letter"]] not in known:
-            raise KeyError(f"task name {name!r} is not understood at {suffix!r}; write for instance sr_x4, csr_x4_q10, "
+            raise ValueError(f"task name {name!r} is not understood at {suffix!r}; write for instance sr_x4, csr_x4_q10, "
                            "jpeg_q10 or denoise_s25")
         options[_SUFFIXES[match["letter"]]] = int(match["number"])
     return options
@@ -314,14 +316,19 @@ def _as_value(task: str, key: str, value: object) -> object:
 
 def _check_range(task: Task, key: str, value: object, low: float, high: float) -> None:
     if not isinstance(value, tuple) or len(value) != 2 or not low <= value[0] <= value[1] <= high:
-        raise ValueError(f"{task.name}: {key} is a range of two numbers, low first, within {low} to {high}, got {value}")
+        raise ValueError(f"{task.name}: {key} is two numbers, low first, within {low} to {high}, got {value}")
 
 
-def _check_scale(task: Task, upscale: int) -> None:
-    if upscale not in (2, 3, 4):
+def _check_number(task: Task, key: str, value: object, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{task.name}: {key} goes from {low} to {high}, got {value}")
+
+
+def _check_scale(task: Task, upscale: object) -> None:
+    if not isinstance(upscale, int) or upscale not in (2, 3, 4):
         raise ValueError(f"{task.name}: upscale is 2, 3 or 4, got {upscale}")
 
 
-def _check_quality(task: Task, quality: int) -> None:
-    if not 1 <= quality <= 100:
-        raise ValueError(f"{task.name}: quality goes from 1 to 100, got {quality}")
+def _check_quality(task: Task, quality: object) -> None:
+    if not isinstance(quality, int) or not 1 <= quality <= 100:
+        raise ValueError(f"{task.name}: quality is a whole number from 1 to 100, got {quality}")

@@ -44,7 +44,7 @@ def _as_scored(image: Tensor, protocol: Protocol) -> FloatArray:
     border = protocol.border_px
     height, width = pixels.shape[:2]
     if min(height, width) <= 2 * border:
-        raise ValueError(f"protocol {protocol.name} cuts {border} px from each side; nothing is left of {width}×{height}")
+        raise ValueError(f"protocol {protocol.name} cuts {border} px a side; nothing is left of {width}×{height}")
     return convert_colour(pixels[border:height - border, border:width - border], protocol.colour)
 
 
@@ -53,15 +53,15 @@ def convert_colour(image: FloatArray, colour: str) -> FloatArray:
 
     `rgb` keeps the channels; `y` is BT.601 luma in 16 to 235 as a float; `y_rounded` the same rounded, as MATLAB's
     rgb2ycbcr of uint8 gives it; `gray` is the mean channel, for gray images that a network returns three times.
-    One channel is taken as luma already. Raises KeyError for another rule.
+    One channel is taken as luma already. Raises ValueError for another rule.
     """
     if colour not in ("rgb", "y", "y_rounded", "gray"):
-        raise KeyError(f"no colour rule {colour!r}; there are rgb, y, y_rounded, gray")
+        raise ValueError(f"no colour rule {colour!r}; there are rgb, y, y_rounded, gray")
     if colour == "rgb" or image.shape[2] == 1:
         return image
     if colour == "gray":
-        return image.mean(axis=2, keepdims=True)
-    luma = 16 + (image @ _STUDIO_LUMA)[..., None]
+        return np.asarray(image.mean(axis=2, keepdims=True))
+    luma: FloatArray = 16 + (image @ _STUDIO_LUMA)[..., None]
     return np.rint(luma) if colour == "y_rounded" else luma
 
 
@@ -95,4 +95,4 @@ def _ssim_plane(x: FloatArray, y: FloatArray) -> float:
 def _window_mean(plane: FloatArray) -> FloatArray:
     kernel = cv2.getGaussianKernel(_SSIM_WINDOW_PX, 1.5)
     radius = _SSIM_WINDOW_PX // 2
-    return np.asarray(cv2.sepFilter2D(plane, -1, kernel, kernel))[radius:-radius, radius:-radius]
+    return np.asarray(cv2.sepFilter2D(plane, -1, kernel, kernel), np.float64)[radius:-radius, radius:-radius]
