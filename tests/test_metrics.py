@@ -12,7 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from ens.data.tasks import PROTOCOLS, find_protocol
-from ens.evaluate.metrics import convert_colour, psnr_db, score, ssim
+from ens.evaluate.metrics import convert_colour, psnr_db, score, score_input, ssim
 
 
 def pair(height: int = 40, width: int = 33, channels: int = 3) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,9 @@ def test_default_scikit_image_ssim_agrees_where_it_crops_as_we_do() -> None:
     assert ours == pytest.approx(theirs, abs=1e-6)
 
 
-@pytest.mark.parametrize(("name", "rounded", "border"), [("derain-y", True, 0), ("sr-y", False, 3), ("csr-y", False, 4)])
+@pytest.mark.parametrize(("name", "rounded", "border"), [
+    ("derain-y", True, 0), ("sr-y", False, 3), ("csr-y", False, 4),
+])
 def test_luma_protocols_equal_scikit_images_ycbcr(name: str, rounded: bool, border: int) -> None:
     output, target = pair()
     planes = []
@@ -103,6 +105,12 @@ def test_an_output_with_nan_scores_nan() -> None:
     output[0, 3, 3] = float("nan")
     result = score(output, target, PROTOCOLS["denoise-color-awgn"])
     assert math.isnan(result.psnr_db) and math.isnan(result.ssim)
+
+
+def test_the_input_is_scored_before_any_clipping() -> None:
+    black = torch.zeros(3, 16, 16)
+    result = score_input(black - 0.1, black, PROTOCOLS["denoise-color-awgn"])
+    assert result.psnr_db == pytest.approx(20, abs=1e-4)
 
 
 def test_bad_arguments_are_named() -> None:

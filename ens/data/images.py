@@ -27,7 +27,7 @@ SIXTEEN_BIT_SUFFIXES = (".png", ".tif", ".tiff")
 ALPHA_SUFFIXES = (".png", ".tif", ".tiff", ".webp")
 _BITS_PER_SAMPLE = 258  # TIFF tag
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error, zlib.error,
-                  Image.DecompressionBombError, cv2.error)
+                  cv2.error)
 
 
 class ImageError(ValueError):
@@ -61,17 +61,20 @@ def read_photo(path: str | Path) -> Photo:
     if data.startswith(b"version https://git-lfs"):
         raise ImageError(path, "is a git-lfs pointer, not the image itself; fetch it with `git lfs pull`")
     try:
-        return _decode(data)
+        return _decode(path, data)
+    except ImageError:
+        raise
     except UnidentifiedImageError:
         raise ImageError(path, "is not an image, or is damaged beyond recognition") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(path, f"is too large ({error})") from None
     except _DECODE_ERRORS as error:
         raise ImageError(path, f"is corrupt or truncated ({error})") from None
 
 
-def _decode(data: bytes) -> Photo:
+def _decode(path: str | Path, data: bytes) -> Photo:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", message=".*EXIF.*")
+        warnings.simplefilter("ignore")  # damaged metadata of pixels that can be read; photos above 89 megapixels
         with Image.open(io.BytesIO(data)) as image:
             # Pillow notices truncated files, which OpenCV decodes half gray without a word; OpenCV keeps 16 bits.
             image.load()
@@ -80,7 +83,7 @@ def _decode(data: bytes) -> Photo:
             if _is_sixteen_bit(image, data):
                 return _split(_decode_sixteen_bit(data, orientation), gray=gray)
             if image.mode in ("I", "F"):
-                raise ValueError(f"{image.mode} pixels of 32 bits; 8 and 16 bits are read")
+                raise ImageError(path, "has 32 bits a pixel; 8 and 16 bits are read")
             upright = ImageOps.exif_transpose(image)
     has_alpha = upright.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in upright.info
     mode = ("LA" if has_alpha else "L") if gray else ("RGBA" if has_alpha else "RGB")

@@ -161,4 +161,4 @@ def _degrade_whole(pair: Pair, task: Task, index: int) -> ValidationImage:
 
 
 def _as_tensor(image: FloatImage) -> Tensor:
-    return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32))
+    return torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32, order="C"))

@@ -279,7 +279,7 @@ def create_task(name: str, options: Mapping[str, object] | None = None) -> Task:
     base, *suffixes = name.split("_")
     if base not in TASKS:
         raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)} "
-                       "(with numbers: sr_x4, csr_x4_q10, jpeg_q10, denoise_s25)")
+                         "(with numbers: sr_x4, csr_x4_q10, jpeg_q10, denoise_s25)")
     known = {field.name for field in fields(TASKS[base])}
     merged: dict[str, object] = {**_suffix_options(name, suffixes, known), **(options or {})}
     for key in merged:
@@ -298,8 +298,8 @@ def _suffix_options(name: str, suffixes: list[str], known: set[str]) -> dict[str
     for suffix in suffixes:
         match = re.fullmatch(r"(?P<letter>[xqs])(?P<number>\d+)", suffix)
         if match is None or _SUFFIXES[match["letter"]] not in known:
-            raise ValueError(f"task name {name!r} is not understood at {suffix!r}; write for instance sr_x4, csr_x4_q10, "
-                           "jpeg_q10 or denoise_s25")
+            raise ValueError(f"task name {name!r} is not understood at {suffix!r}; write for instance sr_x4, "
+                             "csr_x4_q10, jpeg_q10 or denoise_s25")
         options[_SUFFIXES[match["letter"]]] = int(match["number"])
     return options
 
