@@ -9,12 +9,14 @@ from torch import nn
 
 from ens.blocks.conv import ConvBlock
 from ens.blocks.identity import IdentityBlock
+from ens.blocks.mambair import MambaIRBlock
 from ens.blocks.restormer import RestormerBlock
 from ens.blocks.ssd import SSDBlock
 from ens.blocks.vssd import VSSDBlock
 
 FAMILIES: dict[str, type[nn.Module]] = {
     "restormer": RestormerBlock,
+    "mambair": MambaIRBlock,
     "ssd": SSDBlock,
     "vssd": VSSDBlock,
     "conv": ConvBlock,

@@ -80,17 +80,16 @@ def _carry_grouped(left_BKGNQ: Tensor, total_BKH: Tensor, chunk_size: int, *, re
     batch, _, groups, states, columns = left_BKGNQ.shape
     heads = total_BKH.shape[2]
     width = columns * groups // heads
-    left = left_BKGNQ.reshape(batch, -1, groups * states, columns // width, width)
-    if groups > 1:
-        left = left_BKGNQ.unflatten(4, (-1, width)).transpose(3, 4).flatten(2, 3)  # (B, K, H, N, P)
-        left_BHKQ = left.permute(0, 2, 1, 3, 4).flatten(3)
-    else:
-        left_BHKQ = left.permute(0, 3, 1, 2, 4).flatten(3)  # (B, H, K, N·P), rank 5 all the way
-    carried = carry(left_BHKQ, total_BKH.transpose(1, 2), chunk_size, reverse=reverse, levels=levels)
-    carried = carried.reshape(batch, heads, -1, states, width)
-    if groups > 1:
-        return carried.permute(0, 2, 1, 3, 4).unflatten(2, (groups, -1)).transpose(3, 4).flatten(4)
-    return carried.permute(0, 2, 3, 1, 4).reshape(batch, -1, 1, states, columns)
+    total_BHK = total_BKH.transpose(1, 2)
+    if groups == 1:  # rank 5 all the way, for edge runtimes
+        left_BHKQ = left_BKGNQ.reshape(batch, -1, states, heads, width).permute(0, 3, 1, 2, 4).flatten(3)
+        carried = carry(left_BHKQ, total_BHK, chunk_size, reverse=reverse, levels=levels)
+        carried = carried.reshape(batch, heads, -1, states, width).permute(0, 2, 3, 1, 4)
+        return carried.reshape(batch, -1, 1, states, columns)
+    left = left_BKGNQ.reshape(batch, -1, groups, states, heads // groups, width).permute(0, 2, 4, 1, 3, 5)
+    carried = carry(left.flatten(4).flatten(1, 2), total_BHK, chunk_size, reverse=reverse, levels=levels)
+    carried = carried.reshape(batch, groups, heads // groups, -1, states, width)
+    return carried.permute(0, 3, 1, 4, 2, 5).flatten(4)
 
 
 def carry(left_BHKQ: Tensor, total_BHK: Tensor, group: int, *, reverse: bool = False,
@@ -104,8 +103,8 @@ def carry(left_BHKQ: Tensor, total_BHK: Tensor, group: int, *, reverse: bool = F
     if levels == 1 or (levels is None and chunks <= group):
         return _carry_matrix(left_BHKQ, total_BHK, reverse=reverse)
     pad = -chunks % group
-    left = F.pad(left_BHKQ, (0, 0, 0, pad)).unflatten(2, (-1, group))
-    total = F.pad(total_BHK, (0, pad)).unflatten(2, (-1, group))
+    left = F.pad(left_BHKQ, (0, 0, 0, pad)).view(*total_BHK.shape[:2], -1, group, left_BHKQ.shape[3])
+    total = F.pad(total_BHK, (0, pad)).view(*left.shape[:4])
     inside = _carry_matrix(left, total, reverse=reverse)
     last = 0 if reverse else -1
     group_left = inside[..., last, :] * torch.exp(total[..., last, None]) + left[..., last, :]
