@@ -1,0 +1,95 @@
+"""What an engine was told, and the randomness that follows from it alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from ens.space import Genotype, SearchSpace
+
+
+class Ledger:
+    """Genotypes told so far with their values (a NaN row: measured, invalid), and which are still unseen.
+
+    Random numbers depend on the seed and on how much was told, never on how often an engine was asked: a search that
+    is killed and replayed asks for the same genotypes as one that ran through.
+    """
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        self.space = space
+        self.seed = seed
+        self.genotypes: list[Genotype] = []
+        self._rows: list[np.ndarray] = []
+        self._seen: set[Genotype] = set()
+
+    def __len__(self) -> int:
+        return len(self.genotypes)
+
+    def add(self, genotypes: Sequence[Genotype], values: np.ndarray) -> None:
+        """Append genotypes with their values (len(genotypes), objectives); raises ValueError on a repeated one."""
+        for genotype, row in zip(genotypes, np.asarray(values, dtype=np.float64), strict=True):
+            if self.space.check(genotype) in self._seen:
+                raise ValueError(f"genotype {genotype} was told before")
+            self._seen.add(genotype)
+            self.genotypes.append(genotype)
+            self._rows.append(row)
+
+    def valid(self) -> tuple[list[Genotype], np.ndarray]:
+        """Genotypes whose values are known and finite, with those values (n, objectives)."""
+        pairs = [(genotype, row) for genotype, row in zip(self.genotypes, self._rows, strict=True)
+                 if not np.isnan(row).any()]
+        return [genotype for genotype, _ in pairs], np.array([row for _, row in pairs])
+
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng((self.seed, len(self)))
+
+    def unseen(self, candidates: Iterable[Genotype], *, beside: Sequence[Genotype] = ()) -> Iterator[Genotype]:
+        """The candidates that were neither told nor are in `beside`, each once."""
+        skip = self._seen.union(beside)
+        for candidate in candidates:
+            if candidate not in skip:
+                skip.add(candidate)
+                yield candidate
+
+    def nearest_unseen(self, genotype: Genotype, *, beside: Sequence[Genotype],
+                       rng: np.random.Generator) -> Genotype | None:
+        """An unseen genotype that differs from `genotype` in as few slots as possible; None when all are seen.
+
+        Samplers repeat themselves on small tables; a repeat is replaced by this, so that a search always advances.
+        """
+        return next(self.unseen(_by_distance(genotype, self.space.sizes, rng), beside=beside), None)
+
+    def uniform(self, n: int, *, beside: Sequence[Genotype], rng: np.random.Generator) -> list[Genotype]:
+        """Up to `n` unseen genotypes drawn uniformly; fewer only when the space holds no more."""
+        found: list[Genotype] = []
+        while len(found) < n:
+            sample = self.space.sample(rng)
+            new = self.nearest_unseen(sample, beside=[*beside, *found], rng=rng)
+            if new is None:
+                break
+            found.append(new)
+        return found
+
+    def opening(self, n: int, *, rng: np.random.Generator) -> list[Genotype]:
+        """Up to `n` unseen genotypes to start from: one choice index in all slots at once (the teacher, then the
+        all-surrogate ends), then uniform points. An engine that starts at both ends need not find them.
+        """
+        rows = (tuple(min(index, size - 1) for size in self.space.sizes) for index in range(max(self.space.sizes)))
+        found = list(self.unseen(rows))[:n]
+        return found + self.uniform(n - len(found), beside=found, rng=rng)
+
+
+def _by_distance(start: Genotype, sizes: Sequence[int], rng: np.random.Generator) -> Iterator[Genotype]:
+    """Every genotype once, `start` first, then in order of the number of slots that differ, shuffled within."""
+    slots = rng.permutation(len(sizes)).tolist()
+    others = [[index for index in rng.permutation(size).tolist() if index != start[slot]]
+              for slot, size in enumerate(sizes)]
+    for distance in range(len(sizes) + 1):
+        for changed in itertools.combinations(slots, distance):
+            for indices in itertools.product(*(others[slot] for slot in changed)):
+                genotype = list(start)
+                for slot, index in zip(changed, indices, strict=True):
+                    genotype[slot] = index
+                yield tuple(genotype)
