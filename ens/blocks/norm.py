@@ -25,8 +25,9 @@ class ChannelNorm(nn.Module):
     """Restormer's LayerNorm (arXiv 2111.09881, released code): (B, C, H, W) -> same.
 
     `layer_norm="BiasFree"` divides by the standard deviation without subtracting the mean first, although the
-    variance is the centred one; `"WithBias"` is the usual form. The means are 1×1 convolutions with constant weights:
-    a reduction over the channel axis splits the graph on XNNPACK, a convolution does not.
+    variance is the centred one; `"WithBias"` is the usual form. An exported graph takes its means as 1×1 convolutions
+    with constant weights: a reduction over the channel axis splits the graph on XNNPACK, a convolution does not.
+    Raises ValueError for another `layer_norm`.
     """
 
     def __init__(self, channels: int, *, layer_norm: str = "WithBias", eps: float = 1e-5) -> None:
@@ -35,13 +36,19 @@ class ChannelNorm(nn.Module):
             raise ValueError(f"layer_norm is {layer_norm!r}; allowed: {', '.join(NORMS)}")
         self.body = _Affine(channels, bias=layer_norm == "WithBias")
         self.eps = eps
-        self.register_buffer("average", torch.full((1, channels, 1, 1), 1.0 / channels), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        average: Tensor = self.average  # type: ignore[assignment]
-        centred = x - F.conv2d(x, average)
-        scale = torch.rsqrt(F.conv2d(centred * centred, average) + self.eps)
+        centred = x - channel_mean(x)
+        scale = torch.rsqrt(channel_mean(centred * centred) + self.eps)
         weight = self.body.weight.view(1, -1, 1, 1)
         if self.body.bias is None:
             return x * scale * weight
         return centred * scale * weight + self.body.bias.view(1, -1, 1, 1)
+
+
+def channel_mean(x: Tensor) -> Tensor:
+    """Mean over the channels, (B, C, H, W) -> (B, 1, H, W); a convolution when the graph is being exported."""
+    if torch.compiler.is_exporting():
+        channels = x.shape[1]
+        return F.conv2d(x, x.new_full((1, channels, 1, 1), 1.0 / channels))
+    return x.mean(1, keepdim=True)
