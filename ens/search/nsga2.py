@@ -31,12 +31,10 @@ class Nsga2Engine:
     replaced by another mating, in the end by the nearest unseen genotype.
     """
 
-    def __init__(self, space: SearchSpace, *, seed: int, startup: int = 8, min_parents: int = 4,
-                 prob_crossover: float = 0.9) -> None:
+    def __init__(self, space: SearchSpace, *, seed: int, startup: int = 8, min_parents: int = 4) -> None:
         self._ledger = Ledger(space, seed)
         self._startup = startup
         self._min_parents = min_parents
-        self._prob_crossover = prob_crossover
         choices = {slot.name: PymooChoice(options=np.arange(len(slot.choices))) for slot in space.slots}
         self._problem = Problem(vars=choices)
 
@@ -67,7 +65,7 @@ class Nsga2Engine:
         pool = Population.new("X", np.array(genotypes), "F", values)
         parents = RankAndCrowding().do(self._problem, pool, n_survive=max(len(front), self._min_parents))
         algorithm = NSGA2(pop_size=len(parents), n_offsprings=n, sampling=parents,
-                          crossover=UniformCrossover(prob=self._prob_crossover),
+                          crossover=UniformCrossover(),
                           mutation=ChoiceRandomMutation(prob_var=1 / len(self._ledger.space.slots)),
                           eliminate_duplicates=False)
         algorithm.setup(self._problem, seed=seed, termination=NoTermination())
