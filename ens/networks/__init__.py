@@ -1,0 +1,31 @@
+"""NETWORKS: the published networks by name, and the one way to build them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from ens.networks.restormer import Restormer
+from ens.networks.steps import Network
+
+NETWORKS: dict[str, type[Network]] = {
+    "restormer": Restormer,
+}
+
+
+def create_network(name: str, **options: Any) -> Network:
+    """Build a published network by name with its published constructor options (random weights).
+
+    Raises ValueError for an unknown name or option, listing the allowed ones. The network remembers how it was built
+    (`network.recipe`), so a file that holds its weights can describe it.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"network {name!r} is unknown; allowed: {', '.join(NETWORKS)}")
+    allowed = list(inspect.signature(NETWORKS[name]).parameters)
+    unknown = [option for option in options if option not in allowed]
+    if unknown:
+        raise ValueError(f"network {name} has no option {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+    network = NETWORKS[name](**options)
+    network.recipe = (name, {key: list(value) if isinstance(value, tuple) else value
+                             for key, value in options.items()})
+    return network

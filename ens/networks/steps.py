@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,8 @@ class Network(nn.Module):
     size_multiple: int = 1
     upscale: int = 1
     in_channels: int = 3
+    recipe: tuple[str, dict[str, Any]] | None = None
+    """Name and options `create_network` was called with; None for a network built in another way."""
 
     def run(self, state: State, start: int = 0, stop: int | None = None) -> State:
         """Apply steps `start` to `stop` (exclusive, all by default) and return the new state."""
@@ -100,6 +103,10 @@ class Network(nn.Module):
                 return spec
         raise KeyError(f"no slot {name!r}; stages: {', '.join(spec.name for spec in self.slots)} "
                        "(one block: stage.index)")
+
+    def fill(self, name: str, module: nn.Module) -> None:
+        """Put a module that keeps the shape into a slot (stage or block), in place."""
+        self.set_submodule(self.slot(name).module, module)
 
     def slot_steps(self, names: Sequence[str]) -> list[int]:
         """Index of the step that runs each of these stage slots."""
