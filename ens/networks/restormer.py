@@ -44,8 +44,8 @@ def upsample(channels: int) -> nn.Module:
 
 STAGES = ("encoder_level1", "encoder_level2", "encoder_level3", "latent", "decoder_level3", "decoder_level2",
           "decoder_level1", "refinement")
-_WIDTHS = (1, 2, 4, 8, 4, 2, 2, 2)
-_LEVELS = (0, 1, 2, 3, 2, 1, 0, 0)
+WIDTHS = (1, 2, 4, 8, 4, 2, 2, 2)
+LEVELS = (0, 1, 2, 3, 2, 1, 0, 0)
 
 
 def unet_steps(*, dual_pixel: bool = False) -> tuple[Step, ...]:
@@ -85,9 +85,10 @@ class Restormer(Network):
         # The released code keeps 2·dim channels in the last two stages but only the first level's heads.
         stage_heads = (*heads, heads[2], heads[1], heads[0], heads[0])
         self.in_channels = in_channels
-        self.slots = tuple(SlotSpec(name, name, dim * width, 2**level, depth, "restormer", head) for
+        options = (("ffn_expansion_factor", ffn_expansion_factor), ("bias", bias), ("layer_norm", layer_norm))
+        self.slots = tuple(SlotSpec(name, name, dim * width, 2**level, depth, "restormer", head, options) for
                            name, width, level, depth, head in
-                           zip(STAGES, _WIDTHS, _LEVELS, depths, stage_heads, strict=True))
+                           zip(STAGES, WIDTHS, LEVELS, depths, stage_heads, strict=True))
         self.steps = unet_steps(dual_pixel=dual_pixel)
         self.patch_embed = PatchEmbed(in_channels, dim, bias=bias)
         for spec in self.slots:

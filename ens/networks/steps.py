@@ -5,13 +5,16 @@ Shapes: image (B, C_in, H, W) in [0, 1]; every step maps a state to a state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ens.blocks import create_stack
+from ens.space import Choice
 
 State = dict[str, Tensor]
 """Running feature `x`, the padded input `image`, and skips by name. A step never changes a state, it returns a new one."""
@@ -38,8 +41,8 @@ class Step:
 class SlotSpec:
     """What may fill a slot must map (B, channels, H/downscale, W/downscale) to the same shape.
 
-    `module` is the dotted name of the submodule in the slot, `depth` its number of blocks, `family` theirs, and
-    `heads` the attention heads where the family has some.
+    `module` is the dotted name of the submodule in the slot, `depth` its number of blocks, `family` theirs, `heads` the
+    attention heads where the family has some, and `options` the block options the network was built with.
     """
 
     name: str
@@ -49,6 +52,7 @@ class SlotSpec:
     depth: int
     family: str
     heads: int = 1
+    options: tuple[tuple[str, int | float | str | bool], ...] = ()
 
 
 class Network(nn.Module):
@@ -108,16 +112,45 @@ class Network(nn.Module):
         """Put a module that keeps the shape into a slot (stage or block), in place."""
         self.set_submodule(self.slot(name).module, module)
 
-    def slot_steps(self, names: Sequence[str]) -> list[int]:
-        """Index of the step that runs each of these stage slots."""
-        modules = [step.module for step in self.steps]
-        return [modules.index(self.slot(name).module) for name in names]
+    def capture(self, image: Tensor, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Run once and return (input, output) of every named slot; `image` as in `restore`. No gradients."""
+        features: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                features[name] = (inputs[0], output)
+            return hook
+
+        hooks = [self.get_submodule(self.slot(name).module).register_forward_hook(keep(name)) for name in names]
+        try:
+            with torch.no_grad():
+                self.restore(image)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return features
+
+    def slot_step(self, name: str) -> int:
+        """Index of the step that runs this slot (of a block slot: its stage)."""
+        module = self.slot(name).module
+        return next(index for index, step in enumerate(self.steps)
+                    if step.module and (module == step.module or module.startswith(step.module + ".")))
 
 
 def block_slots(stages: Sequence[SlotSpec]) -> list[SlotSpec]:
     """Every single block of these stages as a slot, in execution order."""
-    return [SlotSpec(f"{stage.name}.{i}", f"{stage.module}.{i}", stage.channels, stage.downscale, 1, stage.family,
-                     stage.heads) for stage in stages for i in range(stage.depth)]
+    return [replace(stage, name=f"{stage.name}.{i}", module=f"{stage.module}.{i}", depth=1)
+            for stage in stages for i in range(stage.depth)]
+
+
+def create_filling(spec: SlotSpec, choice: Choice) -> nn.Sequential:
+    """The blocks of a choice for this slot, randomly initialised.
+
+    A choice of the teacher's own family takes the options the network was built with, unless it says others.
+    """
+    own = dict(spec.options) if choice.family == spec.family else {}
+    return create_stack(choice.family, spec.channels, choice.depth, heads=spec.heads,
+                        options={**own, **dict(choice.options)})
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
