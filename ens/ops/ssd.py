@@ -33,6 +33,8 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int 
     dt = F.softplus(dt) if dt_softplus else dt
     # Padded steps have dt = 0: they decay nothing and add nothing, whichever way the recurrence runs.
     pad = -length % chunk_size
+    if torch.compiler.is_exporting():
+        pad = pad + chunk_size  # an example with a single chunk would fix their number in the exported graph
     dt_BKTH = F.pad(dt, (0, 0, 0, pad)).reshape(batch, -1, chunk_size, heads)
     x_BKTHP = F.pad(x.to(dtype), (0, 0, 0, 0, 0, pad)).reshape(batch, -1, chunk_size, heads, width)
     B_BKGTN, C_BKGTN = (F.pad(m.to(dtype), (0, 0, 0, 0, 0, pad)).reshape(
@@ -48,7 +50,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int 
     grouped = (batch, -1, chunk_size, groups, heads // groups * width)
     tail_BKTH1 = torch.exp(total_BKH[..., None] - sum_BKHT).transpose(2, 3)[..., None]
     left_BKGNQ = B_BKGTN.transpose(3, 4) @ (xdt_BKTHP * tail_BKTH1).reshape(grouped).transpose(2, 3)
-    carried_BKGNQ = _carry_grouped(left_BKGNQ, total_BKH, chunk_size, reverse=reverse, levels=levels)
+    carried_BKGNQ = _carry_grouped(left_BKGNQ, total_BKH, max(chunk_size, 16), reverse=reverse, levels=levels)
     before = (C_BKGTN @ carried_BKGNQ).transpose(2, 3).reshape(batch, -1, chunk_size, heads, width)
     y = inside.transpose(2, 3) + before * torch.exp(sum_BKHT).transpose(2, 3)[..., None]
     y = y.reshape(batch, -1, heads, width)[:, :length]
@@ -74,7 +76,7 @@ def _inside_chunks(xdt_BKTHP: Tensor, sum_BKHT: Tensor, B_BKGTN: Tensor, C_BKGTN
     return (scores * (torch.exp(exponent) * past_TT)) @ xdt_BKTHP.transpose(2, 3)
 
 
-def _carry_grouped(left_BKGNQ: Tensor, total_BKH: Tensor, chunk_size: int, *, reverse: bool,
+def _carry_grouped(left_BKGNQ: Tensor, total_BKH: Tensor, group: int, *, reverse: bool,
                    levels: int | None) -> Tensor:
     """State that enters each chunk, from what each chunk leaves behind: (B, K, G, N, R·P) -> same."""
     batch, _, groups, states, columns = left_BKGNQ.shape
@@ -83,11 +85,11 @@ def _carry_grouped(left_BKGNQ: Tensor, total_BKH: Tensor, chunk_size: int, *, re
     total_BHK = total_BKH.transpose(1, 2)
     if groups == 1:  # rank 5 all the way, for edge runtimes
         left_BHKQ = left_BKGNQ.reshape(batch, -1, states, heads, width).permute(0, 3, 1, 2, 4).flatten(3)
-        carried = carry(left_BHKQ, total_BHK, chunk_size, reverse=reverse, levels=levels)
+        carried = carry(left_BHKQ, total_BHK, group, reverse=reverse, levels=levels)
         carried = carried.reshape(batch, heads, -1, states, width).permute(0, 2, 3, 1, 4)
         return carried.reshape(batch, -1, 1, states, columns)
     left = left_BKGNQ.reshape(batch, -1, groups, states, heads // groups, width).permute(0, 2, 4, 1, 3, 5)
-    carried = carry(left.flatten(4).flatten(1, 2), total_BHK, chunk_size, reverse=reverse, levels=levels)
+    carried = carry(left.flatten(4).flatten(1, 2), total_BHK, group, reverse=reverse, levels=levels)
     carried = carried.reshape(batch, groups, heads // groups, -1, states, width)
     return carried.permute(0, 3, 1, 4, 2, 5).flatten(4)
 
