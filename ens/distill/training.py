@@ -82,7 +82,7 @@ def train_network(network: nn.Module, patches: PatchSource, *, checkpoint: Path,
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=weight_decay)
     done, skipped = _resume(checkpoint, recipe, network, ema, optimizer, device)
     wrapped = DistributedDataParallel(network) if world > 1 else network
-    use_bf16 = _gains_from_bf16(device) if bf16 is None else bf16
+    use_bf16 = gains_from_bf16(device) if bf16 is None else bf16
 
     def save() -> None:
         if rank == 0:
@@ -136,7 +136,7 @@ def _find_rank() -> tuple[int, int]:
     return 0, 1
 
 
-def _gains_from_bf16(device: str) -> bool:
+def gains_from_bf16(device: str) -> bool:
     """Half the memory traffic pays on CUDA, and on a CPU only where it multiplies bfloat16 in hardware."""
     return device.startswith("cuda") or bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 

@@ -31,11 +31,13 @@ def score(output: Tensor, target: Tensor, protocol: Protocol) -> Score:
 
     Raises ValueError where the shapes differ or nothing is left inside the border.
     """
-    if output.shape != target.shape or output.ndim != 3:
-        raise ValueError(f"output and target are two images (C, H, W) of one shape, got {tuple(output.shape)} "
-                         f"and {tuple(target.shape)}")
-    left, right = (_as_scored(image, protocol) for image in (output, target))
+    left, right = _as_scored_pair(output, target, protocol)
     return Score(psnr_db(left, right), ssim(left, right))
+
+
+def score_psnr_db(output: Tensor, target: Tensor, protocol: Protocol) -> float:
+    """The PSNR of `score` alone, several times cheaper."""
+    return psnr_db(*_as_scored_pair(output, target, protocol))
 
 
 def score_input(degraded: Tensor, target: Tensor, protocol: Protocol) -> Score:
@@ -44,6 +46,13 @@ def score_input(degraded: Tensor, target: Tensor, protocol: Protocol) -> Score:
     This is the figure papers quote (20.18 dB for noise of σ 25); clipped to 8 bits the same images have 20.54.
     """
     return score(degraded, target, replace(protocol, quantised=False))
+
+
+def _as_scored_pair(output: Tensor, target: Tensor, protocol: Protocol) -> tuple[FloatArray, FloatArray]:
+    if output.shape != target.shape or output.ndim != 3:
+        raise ValueError(f"output and target are two images (C, H, W) of one shape, got {tuple(output.shape)} "
+                         f"and {tuple(target.shape)}")
+    return _as_scored(output, protocol), _as_scored(target, protocol)
 
 
 def _as_scored(image: Tensor, protocol: Protocol) -> FloatArray:

@@ -1,0 +1,175 @@
+"""Feature-wise distillation (ENS, section 3): every surrogate of every slot learns from one teacher pass a batch.
+
+Shapes: features (B, C, H, W) of a slot's level.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ens.data.images import write_atomic
+from ens.distill.library import Library
+from ens.distill.losses import relative_error
+from ens.distill.training import MAX_SKIPPED, PatchSource, ResumeMismatch, gains_from_bf16, learning_rate
+from ens.networks.steps import Network, SlotSpec, create_filling, pad_to_multiple
+from ens.space import Choice
+
+_UNSEEN_BATCHES = 4
+
+
+@dataclass
+class _Pupil:
+    """A surrogate in training, with its own optimiser."""
+
+    spec: SlotSpec
+    choice: Choice
+    blocks: nn.Sequential
+    optimizer: torch.optim.Optimizer | None
+    skipped: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return f"{self.spec.name}/{self.choice.label}"
+
+
+def distill_library(teacher: Network, library: Library, patches: PatchSource, jobs: Sequence[tuple[SlotSpec, Choice]],
+                    *, macs: Callable[[SlotSpec, nn.Module], int], steps: int, batch_size: int, patch_px: int,
+                    lr: float = 2e-3, group_size: int = 64, seed: int = 0, device: str = "cpu",
+                    bf16: bool | None = None, save_every: int = 100,
+                    on_progress: Callable[[int, int, float], None] | None = None,
+                    should_stop: Callable[[], bool] | None = None) -> bool:
+    """Train what the library still lacks of `jobs` (slot, choice) and store it; True when all of it is there.
+
+    Works in groups of `group_size` surrogates, so that memory stays bounded; a group's state is kept beside the
+    manifest every `save_every` steps and taken up again by the same call. A surrogate whose loss was not finite ten
+    times is marked failed and the others go on. `on_progress` gets (steps done, steps in all, mean relative error).
+    """
+    todo = [(spec, choice) for spec, choice in jobs if not library.has(spec.name, choice)]
+    groups = [todo[i:i + group_size] for i in range(0, len(todo), group_size)]
+    use_bf16 = gains_from_bf16(device) if bf16 is None else bf16
+    for number, group in enumerate(groups):
+        pupils = [_create_pupil(teacher, spec, choice, lr=lr, seed=seed, device=device) for spec, choice in group]
+        checkpoint = library.root / "training.pt"
+        recipe = f"{steps} steps of {batch_size}×{patch_px}², lr {lr}, seed {seed}, teacher {library.teacher_sha256}"
+        done = _load_group(checkpoint, recipe, pupils)
+        while done < steps:
+            degraded, _ = patches.batch(done, batch_size, patch_px)
+            rate = learning_rate(done, steps=steps, lr=lr, lr_final=lr * 1e-3, warmup_steps=min(50, steps // 10))
+            for pupil, given, wanted in _features(teacher, pupils, degraded, device=device, bf16=use_bf16):
+                _train_step(pupil, given, wanted, rate, bf16=use_bf16)
+            done += 1
+            if on_progress is not None:
+                recent = [pupil.losses[-1] for pupil in pupils if pupil.losses]
+                on_progress(number * steps + done, len(groups) * steps, sum(recent) / max(1, len(recent)))
+            stop = should_stop is not None and should_stop()
+            if done % save_every == 0 or stop or done == steps:
+                _save_group(checkpoint, recipe, done, pupils)
+            if stop:
+                return False
+        errors = _measure_alignment(teacher, pupils, patches, first=steps, batch_size=batch_size, patch_px=patch_px,
+                                    device=device)
+        for pupil in pupils:
+            failed = "" if math.isfinite(errors[pupil.key]) else "its output is not finite"
+            if pupil.skipped >= MAX_SKIPPED:
+                failed = f"the loss was not finite {pupil.skipped} times; a lower learning rate than {lr} may help"
+            library.store(pupil.spec, pupil.choice, pupil.blocks.to("cpu"), alignment_error=errors[pupil.key],
+                          macs=macs(pupil.spec, pupil.blocks), steps=steps, failed=failed)
+        checkpoint.unlink(missing_ok=True)
+    return True
+
+
+def _create_pupil(teacher: Network, spec: SlotSpec, choice: Choice, *, lr: float, seed: int, device: str) -> _Pupil:
+    """A fresh surrogate; one of the teacher's own family starts from evenly spaced blocks of the teacher."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        blocks = create_filling(spec, choice)
+    if choice.family == spec.family:
+        original = list(teacher.get_submodule(spec.module).children()) if spec.depth > 1 else []
+        for i, block in enumerate(blocks if len(original) >= choice.depth else []):
+            source = copy.deepcopy(original[i * len(original) // choice.depth].state_dict())
+            if {name: value.shape for name, value in source.items()} == {
+                    name: value.shape for name, value in block.state_dict().items()}:
+                block.load_state_dict(source)
+    blocks.to(device).train()
+    parameters = list(blocks.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-4) if parameters else None
+    return _Pupil(spec, choice, blocks, optimizer)
+
+
+def _features(teacher: Network, pupils: Sequence[_Pupil], degraded: Tensor, *, device: str,
+              bf16: bool) -> Iterator[tuple[_Pupil, Tensor, Tensor]]:
+    """Every pupil with its slot's input and output; one teacher run, features waiting in float16."""
+    names = list(dict.fromkeys(pupil.spec.name for pupil in pupils))
+    image = pad_to_multiple(degraded.to(device), teacher.size_multiple)
+    with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16):
+        features = {name: (given.half(), wanted.half())
+                    for name, (given, wanted) in teacher.capture(image, names).items()}
+    for pupil in pupils:
+        given, wanted = features[pupil.spec.name]
+        yield pupil, given.float(), wanted.float()
+
+
+def _train_step(pupil: _Pupil, given: Tensor, wanted: Tensor, rate: float, *, bf16: bool) -> None:
+    if pupil.optimizer is None or pupil.skipped >= MAX_SKIPPED:
+        return
+    for group in pupil.optimizer.param_groups:
+        group["lr"] = rate
+    with torch.autocast(given.device.type, torch.bfloat16, enabled=bf16):
+        output = pupil.blocks(given)
+    loss = relative_error(output.float(), wanted, given)
+    pupil.optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = nn.utils.clip_grad_norm_(pupil.blocks.parameters(), 1.0)
+    if math.isfinite(float(norm)):
+        pupil.optimizer.step()
+        pupil.losses = [float(loss.detach())]
+    else:
+        pupil.skipped += 1
+
+
+def _measure_alignment(teacher: Network, pupils: Sequence[_Pupil], patches: PatchSource, *, first: int,
+                       batch_size: int, patch_px: int, device: str) -> dict[str, float]:
+    """Mean relative squared error over batches that training has not seen, in full precision."""
+    errors = {pupil.key: 0.0 for pupil in pupils}
+    with torch.no_grad():
+        for index in range(first, first + _UNSEEN_BATCHES):
+            degraded, _ = patches.batch(index, batch_size, patch_px)
+            for pupil, given, wanted in _features(teacher, pupils, degraded, device=device, bf16=False):
+                pupil.blocks.eval()
+                errors[pupil.key] += float(relative_error(pupil.blocks(given), wanted, given)) / _UNSEEN_BATCHES
+    return errors
+
+
+def _save_group(path: Path, recipe: str, done: int, pupils: Sequence[_Pupil]) -> None:
+    buffer = io.BytesIO()
+    torch.save({"recipe": recipe, "done": done, "pupils": {pupil.key: {
+        "params": pupil.blocks.state_dict(), "skipped": pupil.skipped,
+        "optimizer": pupil.optimizer.state_dict() if pupil.optimizer else {}} for pupil in pupils}}, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def _load_group(path: Path, recipe: str, pupils: Sequence[_Pupil]) -> int:
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    missing = [pupil.key for pupil in pupils if pupil.key not in state["pupils"]]
+    if state["recipe"] != recipe or missing:
+        other = f"other surrogates ({', '.join(missing)} missing)" if missing else f"{state['recipe']}; now {recipe}"
+        raise ResumeMismatch(f"{path} holds an unfinished distillation of another configuration: {other}. "
+                             "Delete it, or go back to the old configuration to finish it")
+    for pupil in pupils:
+        entry = state["pupils"][pupil.key]
+        pupil.blocks.load_state_dict(entry["params"])
+        pupil.skipped = entry["skipped"]
+        if pupil.optimizer is not None:
+            pupil.optimizer.load_state_dict(entry["optimizer"])
+    return int(state["done"])

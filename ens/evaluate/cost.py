@@ -1,0 +1,100 @@
+"""What a network costs, counted from its operators on shapes alone: nothing is timed, nothing is computed."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from ens.networks.steps import Network
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, multiply-adds of one pass (the scans' included), and bytes of activations alive at the worst moment."""
+
+    params: int
+    macs: int
+    peak_bytes: int
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows every storage from its first appearance to its death."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address not in self._known:
+            self._known.add(address)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, address, storage.nbytes())
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.live -= size
+
+
+def count_cost(module: nn.Module, shape: tuple[int, ...]) -> Cost:
+    """Cost of one pass over an input of this shape (B, C, H, W), without gradients."""
+    shadow = copy.deepcopy(module).to("meta").eval()
+    counter, bytes_ = FlopCounterMode(display=False), _LiveBytes()
+    with torch.no_grad(), counter, bytes_:
+        image = torch.empty(shape, device="meta")
+        shadow(image)
+    return Cost(sum(p.numel() for p in module.parameters()), counter.get_total_flops() // 2, bytes_.peak)
+
+
+class CostTable:
+    """Costs of every genotype of a space as sums: what the slots do not touch, plus one entry a slot.
+
+    `entries` are (parameters, MACs) of every choice of every slot, in slot order.
+    """
+
+    def __init__(self, *, rest: tuple[int, int], entries: Sequence[Sequence[tuple[int, int]]]) -> None:
+        self._rest = rest
+        self._entries = entries
+
+    def costs(self, genotype: Sequence[int]) -> Mapping[str, float]:
+        """`params` and `macs` of one genotype."""
+        chosen = [self._entries[slot][index] for slot, index in enumerate(genotype)]
+        return {"params": float(self._rest[0] + sum(params for params, _ in chosen)),
+                "macs": float(self._rest[1] + sum(macs for _, macs in chosen))}
+
+
+def build_cost_table(network: Network, slots: Sequence[tuple[str, Sequence[nn.Module | None]]], *, height: int = 256,
+                     width: int = 256) -> CostTable:
+    """Count every filling of every slot once, for an image of this size.
+
+    `slots` names each slot and the modules of its choices; None stands for the teacher's own.
+    """
+    total = count_cost(network, (1, network.in_channels, height, width))
+    rest = (total.params, total.macs)
+    entries: list[list[tuple[int, int]]] = []
+    for name, modules in slots:
+        spec = network.slot(name)
+        shape = (1, spec.channels, height // spec.downscale, width // spec.downscale)
+        own = network.get_submodule(spec.module)
+        counted = [count_cost(own if module is None else module, shape) for module in (None, *modules)]
+        rest = (rest[0] - counted[0].params, rest[1] - counted[0].macs)
+        entries.append([(cost.params, cost.macs) for cost in counted[1:]])
+    return CostTable(rest=rest, entries=entries)
