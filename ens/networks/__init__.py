@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from ens.networks.mambair_unet import MambaIRUNet
 from ens.networks.restormer import Restormer
 from ens.networks.steps import Network
 
 NETWORKS: dict[str, type[Network]] = {
     "restormer": Restormer,
+    "mambair_unet": MambaIRUNet,
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -107,3 +109,27 @@ def add_unet_resizes(network: nn.Module, *, dim: int, bias: bool) -> None:
     network.up4_3, network.up3_2, network.up2_1 = (upsample(dim * 2**level) for level in (3, 2, 1))
     network.reduce_chan_level3 = nn.Conv2d(8 * dim, 4 * dim, 1, bias=bias)
     network.reduce_chan_level2 = nn.Conv2d(4 * dim, 2 * dim, 1, bias=bias)
+
+
+def infer_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Constructor options of a released Restormer from its `state_dict`; KeyError or ValueError where none fit."""
+    dim, in_channels = state["patch_embed.proj.weight"].shape[:2]
+    depths = [len({key.split(".")[1] for key in state if key.startswith(f"{stage}.")}) for stage in STAGES]
+    heads = [state[f"{stage}.0.attn.temperature"].shape[0] for stage in STAGES[:4]]
+    hidden = {dim * width: state[f"{stage}.0.ffn.project_out.weight"].shape[1]
+              for stage, width in zip(STAGES, WIDTHS, strict=True)}
+    with_bias = "encoder_level1.0.norm1.body.bias" in state
+    return {"in_channels": in_channels, "out_channels": state["output.weight"].shape[0], "dim": dim,
+            "num_blocks": tuple(depths[:4]), "num_refinement_blocks": depths[7], "heads": tuple(heads),
+            "ffn_expansion_factor": infer_expansion(hidden), "bias": "output.bias" in state,
+            "layer_norm": "WithBias" if with_bias else "BiasFree", "dual_pixel": "skip_conv.weight" in state}
+
+
+def infer_expansion(hidden: Mapping[int, int]) -> float:
+    """The shortest decimal f with int(channels · f) == hidden for every pair of channels and hidden channels."""
+    low = max(size / channels for channels, size in hidden.items())
+    for digits in range(1, 9):
+        factor = round(math.ceil(low * 10**digits - 1e-6) / 10**digits, digits)
+        if all(int(channels * factor) == size for channels, size in hidden.items()):
+            return factor
+    raise ValueError(f"no expansion factor gives the hidden channels {dict(hidden)}")
