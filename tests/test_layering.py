@@ -1,0 +1,70 @@
+"""The direction rule of the house: who may import whom, who prints, who touches files."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "ens"
+ORDER = ("space", "ops", "blocks", "networks", "data", "distill", "evaluate", "search", "pareto", "export", "runtime",
+         "config", "pipeline", "cli")
+ISLANDS = {"ops": {"ops"}, "data": {"data"}, "search": {"search", "space"}, "pareto": {"pareto", "space"}}
+TOUCH_FILES = {"networks.checkpoints", "data.images", "distill.library", "distill.training", "distill.blockwise",
+               "evaluate.latency", "pareto.archive", "pareto.report", "export.hybrid", "export.formats",
+               "runtime.session", "config"}
+FILE_CALLS = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "unlink", "mkdir", "rename",
+              "rmtree", "safe_open", "save_file", "load_file", "imread", "imwrite", "write_html"}
+PATHS = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+SOURCES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"):
+           ast.parse(path.read_text()) for path in PATHS}
+
+
+def imported(name: str) -> set[str]:
+    """Every module, and every name in a module, that a module imports; relative ones keep their dots."""
+    found = set()
+    for node in ast.walk(SOURCES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def called(name: str) -> set[str]:
+    """Last part of the name of everything a module calls."""
+    functions = [node.func for node in ast.walk(SOURCES[name]) if isinstance(node, ast.Call)]
+    return {f.id if isinstance(f, ast.Name) else f.attr for f in functions if isinstance(f, ast.Name | ast.Attribute)}
+
+
+def test_every_module_has_a_place_in_the_order() -> None:
+    assert {name.split(".")[0] for name in SOURCES} <= set(ORDER)
+
+
+def test_modules_import_only_from_their_own_folder_or_folders_to_their_left() -> None:
+    wrong = []
+    for name in SOURCES:
+        folder = name.split(".")[0]
+        allowed = ISLANDS.get(folder, set(ORDER[:ORDER.index(folder) + 1]))
+        wrong += [f"{name} imports {module}" for module in imported(name) if module.startswith(".") or module == "ens"
+                  or (module.startswith("ens.") and module.split(".")[1] not in allowed)]
+    assert not wrong
+
+
+def test_ops_import_torch_only_and_space_and_search_no_torch() -> None:
+    others = {name: {m.split(".")[0] for m in imported(name)} - sys.stdlib_module_names - {"ens"} for name in SOURCES}
+    assert {"torch"} >= set().union(*(found for name, found in others.items() if name.startswith("ops")))
+    assert not [name for name, found in others.items() if name.startswith(("space", "search")) and "torch" in found]
+
+
+def test_only_cli_prints_and_only_the_named_modules_touch_files() -> None:
+    assert not [name for name in SOURCES if name != "cli" and "print" in called(name)]
+    assert not {name: found for name in SOURCES if name not in TOUCH_FILES and (found := called(name) & FILE_CALLS)}
+
+
+def test_there_are_no_import_cycles() -> None:
+    edges = {name: {m.removeprefix("ens.") for m in imported(name)} & SOURCES.keys() - {name} for name in SOURCES}
+    while leaves := {name for name in edges if not edges[name]}:
+        edges = {name: edges[name] - leaves for name in edges if name not in leaves}
+    assert not edges
