@@ -32,13 +32,14 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int 
     dt = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     dt = F.softplus(dt) if dt_softplus else dt
     # Padded steps have dt = 0: they decay nothing and add nothing, whichever way the recurrence runs.
-    pad = -length % chunk_size
+    chunks = (length + chunk_size - 1) // chunk_size
     if torch.compiler.is_exporting():
-        pad = pad + chunk_size  # an example with a single chunk would fix their number in the exported graph
-    dt_BKTH = F.pad(dt, (0, 0, 0, pad)).reshape(batch, -1, chunk_size, heads)
-    x_BKTHP = F.pad(x.to(dtype), (0, 0, 0, 0, 0, pad)).reshape(batch, -1, chunk_size, heads, width)
-    B_BKGTN, C_BKGTN = (F.pad(m.to(dtype), (0, 0, 0, 0, 0, pad)).reshape(
-        batch, -1, chunk_size, groups, states).transpose(2, 3) for m in (B, C))
+        chunks = length // chunk_size + 2  # an example with a single chunk would fix their number in the exported graph
+    pad = chunks * chunk_size - length
+    dt_BKTH = F.pad(dt, (0, 0, 0, pad)).view(batch, chunks, chunk_size, heads)
+    x_BKTHP = F.pad(x.to(dtype), (0, 0, 0, 0, 0, pad)).view(batch, chunks, chunk_size, heads, width)
+    B_BKGTN, C_BKGTN = (F.pad(m.to(dtype), (0, 0, 0, 0, 0, pad)).view(
+        batch, chunks, chunk_size, groups, states).transpose(2, 3) for m in (B, C))
 
     past_TT = _past(chunk_size, reverse=reverse, like=dt)
     decay_BKHT = (dt_BKTH * A.to(dtype)).transpose(2, 3)
@@ -47,13 +48,13 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int 
     xdt_BKTHP = x_BKTHP * dt_BKTH[..., None]
 
     inside = _inside_chunks(xdt_BKTHP, sum_BKHT, B_BKGTN, C_BKGTN, past_TT)
-    grouped = (batch, -1, chunk_size, groups, heads // groups * width)
+    grouped = (batch, chunks, chunk_size, groups, heads // groups * width)
     tail_BKTH1 = torch.exp(total_BKH[..., None] - sum_BKHT).transpose(2, 3)[..., None]
     left_BKGNQ = B_BKGTN.transpose(3, 4) @ (xdt_BKTHP * tail_BKTH1).reshape(grouped).transpose(2, 3)
     carried_BKGNQ = _carry_grouped(left_BKGNQ, total_BKH, max(chunk_size, 16), reverse=reverse, levels=levels)
-    before = (C_BKGTN @ carried_BKGNQ).transpose(2, 3).reshape(batch, -1, chunk_size, heads, width)
+    before = (C_BKGTN @ carried_BKGNQ).transpose(2, 3).reshape(batch, chunks, chunk_size, heads, width)
     y = inside.transpose(2, 3) + before * torch.exp(sum_BKHT).transpose(2, 3)[..., None]
-    y = y.reshape(batch, -1, heads, width)[:, :length]
+    y = y.reshape(batch, chunks * chunk_size, heads, width)[:, :length]
     if D is not None:
         y = y + x.to(dtype) * D.to(dtype)[:, None]
     return y.to(x.dtype)
@@ -79,18 +80,18 @@ def _inside_chunks(xdt_BKTHP: Tensor, sum_BKHT: Tensor, B_BKGTN: Tensor, C_BKGTN
 def _carry_grouped(left_BKGNQ: Tensor, total_BKH: Tensor, group: int, *, reverse: bool,
                    levels: int | None) -> Tensor:
     """State that enters each chunk, from what each chunk leaves behind: (B, K, G, N, R·P) -> same."""
-    batch, _, groups, states, columns = left_BKGNQ.shape
+    batch, chunks, groups, states, columns = left_BKGNQ.shape
     heads = total_BKH.shape[2]
     width = columns * groups // heads
     total_BHK = total_BKH.transpose(1, 2)
     if groups == 1:  # rank 5 all the way, for edge runtimes
-        left_BHKQ = left_BKGNQ.reshape(batch, -1, states, heads, width).permute(0, 3, 1, 2, 4).flatten(3)
+        left_BHKQ = left_BKGNQ.reshape(batch, chunks, states, heads, width).permute(0, 3, 1, 2, 4).flatten(3)
         carried = carry(left_BHKQ, total_BHK, group, reverse=reverse, levels=levels)
-        carried = carried.reshape(batch, heads, -1, states, width).permute(0, 2, 3, 1, 4)
-        return carried.reshape(batch, -1, 1, states, columns)
-    left = left_BKGNQ.reshape(batch, -1, groups, states, heads // groups, width).permute(0, 2, 4, 1, 3, 5)
+        carried = carried.reshape(batch, heads, chunks, states, width).permute(0, 2, 3, 1, 4)
+        return carried.reshape(batch, chunks, 1, states, columns)
+    left = left_BKGNQ.reshape(batch, chunks, groups, states, heads // groups, width).permute(0, 2, 4, 1, 3, 5)
     carried = carry(left.flatten(4).flatten(1, 2), total_BHK, group, reverse=reverse, levels=levels)
-    carried = carried.reshape(batch, groups, heads // groups, -1, states, width)
+    carried = carried.reshape(batch, groups, heads // groups, chunks, states, width)
     return carried.permute(0, 3, 1, 4, 2, 5).flatten(4)
 
 
