@@ -34,7 +34,8 @@ def draw_png(*, title: str, measurements: Sequence[Measurement], front: Front) -
     else:
         points = axes.scatter(values[:, x], values[:, y], s=30, c=values[:, colour], cmap="cividis", label="front",
                               zorder=3)
-        figure.colorbar(points, label=_AXES.get(front.objectives[colour], front.objectives[colour]))
+        figure.colorbar(points, format=EngFormatter() if front.objectives[colour] in ("macs", "params") else None,
+                        label=_AXES.get(front.objectives[colour], front.objectives[colour]))
     near = values[list(front.nearest)]
     axes.scatter(near[:, x], near[:, y], s=90, facecolors="none", edgecolors=_NEAR, linewidths=1.8,
                  label="five nearest", zorder=4)

@@ -41,18 +41,19 @@ def hypervolume_history(values: np.ndarray, reference: Sequence[float]) -> np.nd
 
 
 def knee(front: np.ndarray) -> int:
-    """Index of the front's knee: the point furthest below the line (plane) between the extremes.
+    """Index of the front's knee, every objective scaled to 0..1 over the front.
 
-    Every objective is scaled to 0..1 over the front. With two objectives the extremes are then (0, 1) and (1, 0) and
-    the distance to the line between them is (1 - x - y) / √2, so the knee has the smallest sum of scaled objectives;
-    three objectives use the same sum, the plane through the three unit corners. Ties go to the smaller values in
-    objective order, so that the order of the points does not matter.
+    Two objectives: the point furthest below the line between the extremes, which are then (0, 1) and (1, 0); its
+    distance is (1 - x - y) / √2. Three: the point nearest to the ideal corner (0, 0, 0), because two costs that rise
+    and fall together (MACs and parameters) share an extreme and leave no plane to measure from. Ties go to the
+    smaller values in objective order, so that the order of the points does not matter.
     """
     points = _check(front)
     if not len(points):
         raise ValueError("an empty front has no knee")
-    score = _scale(points).sum(axis=1).round(12)
-    return int(np.lexsort([*points.T[::-1], score])[0])
+    scaled = _scale(points)
+    score = scaled.sum(axis=1) if points.shape[1] == 2 else np.linalg.norm(scaled, axis=1)
+    return int(np.lexsort([*points.T[::-1], score.round(12)])[0])
 
 
 def nearest(front: np.ndarray, index: int, *, k: int = 5) -> list[int]:

@@ -1,0 +1,73 @@
+"""Objectives: the sign changes once, wrong names are told, invalid measurements become NaN rows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from ens.search.objectives import (
+    OBJECTIVES,
+    add_objectives,
+    find_objectives,
+    objective_values,
+    psnr_drop_db,
+    reference_point,
+)
+from ens.space import Choice, Measurement, SearchSpace, Slot
+
+SPACE = SearchSpace("two", tuple(Slot(name, (Choice("restormer", 2, teacher=True), Choice("vssd", 1)))
+                                 for name in ("a", "b")))
+
+
+def test_a_better_hybrid_has_a_negative_drop() -> None:
+    assert psnr_drop_db(teacher_psnr_db=(30.0, 32.0), psnr_db=(29.0, 32.5)) == pytest.approx(0.25)
+    assert psnr_drop_db(teacher_psnr_db=(30.0,), psnr_db=(31.0,)) == -1.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_psnr_that_is_not_finite_makes_a_measurement_invalid(bad: float) -> None:
+    measured = add_objectives(Measurement((1, 0), {"macs": 5.0}, (30.0, bad)), space=SPACE,
+                              teacher_psnr_db=(31.0, 31.0))
+    assert not measured.valid and "not finite" in measured.note and math.isnan(measured.values["psnr_drop_db"])
+
+
+def test_counted_values_are_kept_and_drop_and_penalty_added() -> None:
+    measured = add_objectives(Measurement((1, 0), {"macs": 5.0}, (30.0, 31.0)), space=SPACE,
+                              teacher_psnr_db=(31.0, 31.0))
+    assert measured.valid and dict(measured.values) == {"macs": 5.0, "penalty": 2.1, "psnr_drop_db": 0.5}
+
+
+def test_numbers_of_images_must_agree() -> None:
+    with pytest.raises(ValueError, match="2 PSNRs and the hybrid 1"):
+        psnr_drop_db(teacher_psnr_db=(30.0, 31.0), psnr_db=(30.0,))
+
+
+@pytest.mark.parametrize("names", [("psnr_drop_db",), ("macs", "macs"), tuple(OBJECTIVES)])
+def test_two_or_three_different_objectives(names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="two or three different"):
+        find_objectives(names)
+
+
+def test_an_unknown_objective_is_told_what_exists() -> None:
+    with pytest.raises(ValueError, match="'flops' does not exist.*psnr_drop_db.*macs"):
+        find_objectives(("flops", "macs"))
+
+
+def test_values_follow_the_names_and_invalid_rows_are_nan() -> None:
+    good, broken = Measurement((0, 1), {"macs": 2.0, "params": 3.0}), Measurement((0, 0), {}, valid=False)
+    values = objective_values([good, broken], ("params", "macs"))
+    assert values[0].tolist() == [3.0, 2.0] and np.isnan(values[1]).all()
+
+
+def test_a_missing_or_infinite_value_of_a_valid_measurement_raises() -> None:
+    with pytest.raises(KeyError, match="no value of macs"):
+        objective_values([Measurement((0, 1), {"params": 3.0})], ("params", "macs"))
+    with pytest.raises(ValueError, match="not finite"):
+        objective_values([Measurement((0, 1), {"params": 3.0, "macs": math.inf})], ("params", "macs"))
+
+
+def test_the_reference_point_is_beyond_the_teacher() -> None:
+    reference = reference_point(("psnr_drop_db", "macs", "params"), teacher_values=(0.0, 200.0, 10.0))
+    assert reference == (6.0, pytest.approx(220.0), pytest.approx(11.0))
