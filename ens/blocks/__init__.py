@@ -10,6 +10,7 @@ from torch import nn
 from ens.blocks.conv import ConvBlock
 from ens.blocks.identity import IdentityBlock
 from ens.blocks.mambair import MambaIRBlock
+from ens.blocks.plk import PLKBlock
 from ens.blocks.restormer import RestormerBlock
 from ens.blocks.ssd import SSDBlock
 from ens.blocks.vssd import VSSDBlock
@@ -20,6 +21,7 @@ FAMILIES: dict[str, type[nn.Module]] = {
     "ssd": SSDBlock,
     "vssd": VSSDBlock,
     "conv": ConvBlock,
+    "plk": PLKBlock,
     "identity": IdentityBlock,
 }
 

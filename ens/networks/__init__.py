@@ -6,12 +6,14 @@ import inspect
 from typing import Any
 
 from ens.networks.mambair_unet import MambaIRUNet
+from ens.networks.plksr import PLKSR
 from ens.networks.restormer import Restormer
 from ens.networks.steps import Network
 
 NETWORKS: dict[str, type[Network]] = {
     "restormer": Restormer,
     "mambair_unet": MambaIRUNet,
+    "plksr": PLKSR,
 }
 
 

@@ -26,7 +26,8 @@ class Step:
 
     `module`: dotted name of the submodule to apply ("" for none). `save`: name to keep the result under.
     `load`: start from this kept feature instead of `x`. `cat` / `add`: kept feature joined before the module
-    (concatenated behind `x` along the channels, or added). `free`: kept features nobody reads after this step.
+    (concatenated behind `x` along the channels, or added). `pair`: kept feature the module takes as second argument.
+    `free`: kept features nobody reads after this step.
     """
 
     module: str = ""
@@ -34,6 +35,7 @@ class Step:
     load: str = ""
     cat: str = ""
     add: str = ""
+    pair: str = ""
     free: tuple[str, ...] = ()
 
 
@@ -42,7 +44,8 @@ class SlotSpec:
     """What may fill a slot must map (B, channels, H/downscale, W/downscale) to the same shape.
 
     `module` is the dotted name of the submodule in the slot, `depth` its number of blocks, `family` theirs, `heads` the
-    attention heads where the family has some, and `options` the block options the network was built with.
+    attention heads where the family has some, and `options` the block options the network was built with. `single`:
+    the submodule is one block itself, not a row of blocks.
     """
 
     name: str
@@ -53,6 +56,7 @@ class SlotSpec:
     family: str
     heads: int = 1
     options: tuple[tuple[str, int | float | str | bool], ...] = ()
+    single: bool = False
 
 
 class Network(nn.Module):
@@ -83,7 +87,8 @@ class Network(nn.Module):
         if step.cat:
             x = torch.cat([x, state[step.cat]], 1)
         if step.module:
-            x = self.get_submodule(step.module)(x)
+            module = self.get_submodule(step.module)
+            x = module(x, state[step.pair]) if step.pair else module(x)
         state = {name: value for name, value in state.items() if name not in step.free}
         return {**state, "x": x, **({step.save: x} if step.save else {})}
 
@@ -138,9 +143,9 @@ class Network(nn.Module):
 
 
 def block_slots(stages: Sequence[SlotSpec]) -> list[SlotSpec]:
-    """Every single block of these stages as a slot, in execution order."""
+    """Every block of these stages as a slot, in execution order; a stage that is one block itself has none."""
     return [replace(stage, name=f"{stage.name}.{i}", module=f"{stage.module}.{i}", depth=1)
-            for stage in stages for i in range(stage.depth)]
+            for stage in stages if not stage.single for i in range(stage.depth)]
 
 
 def create_filling(spec: SlotSpec, choice: Choice) -> nn.Sequential:
