@@ -140,6 +140,11 @@ def write_photo(path: str | Path, photo: Photo) -> None:
     write_atomic(path, _encode(photo, suffix))
 
 
+def encode_png(pixels: Pixels) -> bytes:
+    """(H, W, 1 or 3) uint8 or uint16, RGB, as the bytes of a PNG file."""
+    return _encode(Photo(pixels), ".png")
+
+
 def _encode(photo: Photo, suffix: str) -> bytes:
     pixels = photo.pixels
     if photo.alpha is not None:

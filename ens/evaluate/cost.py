@@ -80,6 +80,12 @@ class CostTable:
         return {"params": float(self._rest[0] + sum(params for params, _ in chosen)),
                 "macs": float(self._rest[1] + sum(macs for _, macs in chosen))}
 
+    def range(self, name: str) -> tuple[float, float]:
+        """Smallest and largest `params` or `macs` of any genotype."""
+        index = ("params", "macs").index(name)
+        return (float(self._rest[index] + sum(min(entry[index] for entry in row) for row in self._entries)),
+                float(self._rest[index] + sum(max(entry[index] for entry in row) for row in self._entries)))
+
 
 def build_cost_table(network: Network, slots: Sequence[tuple[str, Sequence[nn.Module | None]]], *, height: int = 256,
                      width: int = 256) -> CostTable:

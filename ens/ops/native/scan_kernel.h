@@ -1,0 +1,382 @@
+// Selective scan for one vector width; included once per instruction set (no include guard on purpose).
+//
+// A vector holds ENS_LANES channels, so the recurrence needs no sums across lanes and B_t, C_t are plain scalars. Time
+// goes in chunks of kChunk steps; within a chunk inputs lie as [step][lane], states as [state][lane].
+namespace {
+namespace ENS_NAMESPACE {
+
+#define FN ENS_TARGET static
+#define INLINE ENS_TARGET static inline __attribute__((always_inline))
+
+constexpr int64_t V = ENS_LANES;
+typedef float vf __attribute__((vector_size(4 * ENS_LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * ENS_LANES)));
+
+INLINE vf splat(float value) { return vf{} + value; }
+INLINE vf load(const float* from) { return *reinterpret_cast<const vf*>(from); }
+INLINE void store(float* to, vf value) { *reinterpret_cast<vf*>(to) = value; }
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+// 2^x, relative error below 2e-7; NaN stays NaN, x below -126 gives 2^-126, above 127 gives 2^127.
+INLINE vf exp2(vf x) {
+    const vf low = splat(-126.0f), high = splat(127.0f), magic = splat(12582912.0f);  // 1.5·2^23 rounds to integers
+    x = low > x ? low : x;
+    x = high < x ? high : x;
+    const vf shifted = x + magic;
+    const vf f = x - (shifted - magic);
+    vf p = splat(1.326472718e-3f);  // minimax on [-0.5, 0.5] with 2^0 = 1 exactly: no step, no decay
+    p = p * f + 9.671512641e-3f;
+    p = p * f + 5.550733743e-2f;
+    p = p * f + 2.402224209e-1f;
+    p = p * f + 6.931469776e-1f;
+    p = p * f + 1.0f;
+    return (vf)((vi)p + ((vi)shifted << 23));
+}
+
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), with log1p(e) = 2 atanh(e / (2 + e)); also its derivative.
+INLINE vf softplus(vf x, vf* slope) {
+    const vf zero = {};
+    const vf e = exp2((x < zero ? x : -x) * kLog2E);
+    const vf s = e / (2.0f + e), s2 = s * s;
+    vf p = splat(1.0f / 15.0f);
+    for (int odd = 13; odd >= 1; odd -= 2) p = p * s2 + 1.0f / static_cast<float>(odd);
+    const vf inverse = 1.0f / (1.0f + e);
+    *slope = x < zero ? e * inverse : inverse;
+    return (x < zero ? zero : x) + 2.0f * s * p;
+}
+
+INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp2(x * -kLog2E)); }
+
+// [step][lane] tile of channels [channel, channel + count); lanes beyond are zero.
+FN void load_tile(const ScanTensor& from, int64_t batch, int64_t channel, int64_t count, const int32_t* order,
+                  int64_t start, int64_t steps, float* tile) {
+    const float* base = from.data + batch * from.batch + channel * from.channel;
+    if (from.channel == 1 && count == V) {
+        for (int64_t t = 0; t < steps; ++t)
+            std::memcpy(tile + t * V, base + (order ? order[start + t] : start + t) * from.step, sizeof(vf));
+        return;
+    }
+    if (count < V) std::memset(tile, 0, steps * sizeof(vf));
+    for (int64_t lane = 0; lane < count; ++lane) {
+        const float* row = base + lane * from.channel;
+        if (order)
+            for (int64_t t = 0; t < steps; ++t) tile[t * V + lane] = row[order[start + t] * from.step];
+        else
+            for (int64_t t = 0; t < steps; ++t) tile[t * V + lane] = row[(start + t) * from.step];
+    }
+}
+
+// The way back; `add` sums onto what is there (directions after the first).
+FN void store_tile(const ScanTensor& to, int64_t batch, int64_t channel, int64_t count, const int32_t* order,
+                   int64_t start, int64_t steps, bool add, const float* tile) {
+    float* base = to.data + batch * to.batch + channel * to.channel;
+    if (to.channel == 1 && count == V) {
+        for (int64_t t = 0; t < steps; ++t) {
+            float* at = base + (order ? order[start + t] : start + t) * to.step;
+            vf value = load(tile + t * V), old;
+            if (add) {
+                std::memcpy(&old, at, sizeof old);
+                value += old;
+            }
+            std::memcpy(at, &value, sizeof value);
+        }
+        return;
+    }
+    for (int64_t lane = 0; lane < count; ++lane) {
+        float* row = base + lane * to.channel;
+        for (int64_t t = 0; t < steps; ++t) {
+            float* at = row + (order ? order[start + t] : start + t) * to.step;
+            *at = tile[t * V + lane] + (add ? *at : 0.0f);
+        }
+    }
+}
+
+// [step][state] rows of B or C.
+FN void load_rows(const ScanTensor& from, int64_t batch, int64_t group, int64_t states, const int32_t* order,
+                  int64_t start, int64_t steps, float* rows) {
+    const float* base = from.data + batch * from.batch + group * from.channel;
+    for (int64_t n = 0; n < states; ++n)
+        for (int64_t t = 0; t < steps; ++t)
+            rows[t * states + n] = base[n * from.state + (order ? order[start + t] : start + t) * from.step];
+}
+
+// [state][lane] from a contiguous (…, channels, states) array, times `scale`.
+FN void load_states(const float* from, int64_t count, int64_t states, float scale, float* to) {
+    for (int64_t n = 0; n < states; ++n)
+        for (int64_t lane = 0; lane < V; ++lane)
+            to[n * V + lane] = lane < count ? from[lane * states + n] * scale : 0.0f;
+}
+
+FN void store_states(const float* from, int64_t count, int64_t states, float* to) {
+    for (int64_t n = 0; n < states; ++n)
+        for (int64_t lane = 0; lane < count; ++lane) to[lane * states + n] = from[n * V + lane];
+}
+
+INLINE vf load_channels(const float* from, int64_t count) {
+    vf value = {};
+    if (from) std::memcpy(&value, from, count * sizeof(float));
+    return value;
+}
+
+// Δ in place of the raw delta; `slope` ([step][lane], may be null) receives dΔ/d(raw).
+FN void make_delta(const ScanCall& call, vf bias, int64_t steps, float* delta, float* slope) {
+    for (int64_t t = 0; t < steps; ++t) {
+        vf value = load(delta + t * V) + bias, derivative = splat(1.0f);
+        if (call.softplus) value = softplus(value, &derivative);
+        store(delta + t * V, value);
+        if (slope) store(slope + t * V, derivative);
+    }
+}
+
+// What a thread keeps of one vector of channels between chunks.
+struct Tile {
+    int64_t channel, count;  // within the group
+    float *decay, *state;    // A·log2(e) and h, both [state][lane]
+    float *dstate, *dA;      // backward only
+    vf dD, dbias;
+};
+
+FN int64_t tile_index(const ScanCall& call, int64_t group, int64_t channel) {
+    const int64_t tiles = (call.channels / call.groups + V - 1) / V;
+    return group * tiles + channel / V;
+}
+
+FN float* checkpoint(const ScanCall& call, int64_t batch, int64_t chunk, int64_t tile) {
+    // Rows are padded to the widest vector, so the size does not depend on the instruction set.
+    const int64_t padded = (call.channels / call.groups + kWidest - 1) / kWidest * kWidest * call.groups;
+    const int64_t chunks = (call.length + kChunk - 1) / kChunk;
+    return call.checkpoints + ((batch * chunks + chunk) * padded + tile * V) * call.states;
+}
+
+FN void forward_chunk(const ScanCall& call, const float* B, const float* C, int64_t steps, const float* delta,
+                      const float* u, Tile& tile, float* y) {
+    const int64_t states = call.states;
+    const float* decay = tile.decay;
+    float* state = tile.state;
+    for (int64_t t = 0; t < steps; ++t) {
+        const vf step = load(delta + t * V), write = step * load(u + t * V);
+        const float *Bt = B + t * states, *Ct = C + t * states;
+        vf sum = {};
+        for (int64_t n = 0; n < states; ++n) {
+            const vf h = exp2(step * load(decay + n * V)) * load(state + n * V) + write * Bt[n];
+            store(state + n * V, h);
+            sum += h * Ct[n];
+        }
+        store(y + t * V, sum);
+    }
+}
+
+FN void forward(const ScanCall& call, const Unit& unit) {
+    const int64_t states = call.states, per_group = call.channels / call.groups;
+    const int64_t count = (unit.last - unit.first + V - 1) / V;
+    Scratch scratch(2 * count * states * kWidest + 2 * kChunk * states + 4 * kChunk * V + 8 * kWidest);
+    float *B = scratch.take(kChunk * states), *C = scratch.take(kChunk * states);
+    float *delta = scratch.take(kChunk * V), *u = scratch.take(kChunk * V), *y = scratch.take(kChunk * V);
+    float* z = scratch.take(kChunk * V);
+    std::vector<Tile> tiles(count);
+    for (int64_t i = 0; i < count; ++i) {
+        tiles[i].channel = unit.first + i * V;
+        tiles[i].count = std::min<int64_t>(V, unit.last - tiles[i].channel);
+        tiles[i].decay = scratch.take(states * V);
+        tiles[i].state = scratch.take(states * V);
+    }
+    for (int64_t group = unit.group; group < unit.group_end; ++group) {
+        const int32_t* order = call.order ? call.order + group * call.length : nullptr;
+        for (Tile& tile : tiles) {
+            load_states(call.A + (group * per_group + tile.channel) * states, tile.count, states, kLog2E, tile.decay);
+            std::memset(tile.state, 0, states * sizeof(vf));
+        }
+        for (int64_t start = 0; start < call.length; start += kChunk) {
+            const int64_t steps = std::min(kChunk, call.length - start);
+            load_rows(call.B, unit.batch, group, states, order, start, steps, B);
+            load_rows(call.C, unit.batch, group, states, order, start, steps, C);
+            for (Tile& tile : tiles) {
+                const int64_t channel = group * per_group + tile.channel;
+                const int64_t outer = call.shared ? tile.channel : channel;
+                if (call.checkpoints)
+                    std::memcpy(checkpoint(call, unit.batch, start / kChunk, tile_index(call, group, tile.channel)),
+                                tile.state, states * sizeof(vf));
+                load_tile(call.delta, unit.batch, channel, tile.count, order, start, steps, delta);
+                load_tile(call.u, unit.batch, outer, tile.count, order, start, steps, u);
+                make_delta(call, load_channels(call.bias ? call.bias + channel : nullptr, tile.count), steps, delta,
+                           nullptr);
+                forward_chunk(call, B, C, steps, delta, u, tile, y);
+                if (call.D) {
+                    const vf skip = load_channels(call.D + channel, tile.count);
+                    for (int64_t t = 0; t < steps; ++t) store(y + t * V, load(y + t * V) + load(u + t * V) * skip);
+                }
+                if (call.z.data) {
+                    load_tile(call.z, unit.batch, outer, tile.count, order, start, steps, z);
+                    for (int64_t t = 0; t < steps; ++t) {
+                        const vf gate = load(z + t * V);
+                        store(y + t * V, load(y + t * V) * gate * sigmoid(gate));
+                    }
+                }
+                store_tile(call.y, unit.batch, outer, tile.count, order, start, steps, group > unit.group, y);
+            }
+        }
+        for (Tile& tile : tiles)
+            store_states(tile.state, tile.count, states,
+                         call.last_state + (unit.batch * call.channels + group * per_group + tile.channel) * states);
+    }
+}
+
+// Sums over lanes of V vectors at once: item i of width W takes half its lanes per level.
+template <int W, int... I>
+INLINE vf fold(vf a, vf b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (I / (W / 2) * W + I % (W / 2))...) +
+           __builtin_shufflevector(a, b, (I / (W / 2) * W + I % (W / 2) + W / 2)...);
+}
+
+template <int W>
+INLINE vf sum_lanes(const float* vectors) {  // V / W vectors a level: the caller asks for W = 2, all V of them
+    if constexpr (W > ENS_LANES) {
+        return load(vectors);
+    } else {
+        const vf a = sum_lanes<W * 2>(vectors), b = sum_lanes<W * 2>(vectors + V / W * V);
+        return fold<W>(a, b, std::make_integer_sequence<int, ENS_LANES>());
+    }
+}
+
+struct BackwardScratch {
+    float *B, *C, *delta, *slope, *u, *dy, *z, *dz, *du, *h, *a, *accB, *accC;
+};
+
+// States of the chunk from its checkpoint: h has one row more than steps, h[0] is what entered.
+FN void recompute_chunk(const ScanCall& call, int64_t steps, const Tile& tile, const BackwardScratch& s) {
+    const int64_t states = call.states;
+    for (int64_t t = 0; t < steps; ++t) {
+        const vf step = load(s.delta + t * V), write = step * load(s.u + t * V);
+        const float* Bt = s.B + t * states;
+        const float* before = s.h + t * states * V;
+        for (int64_t n = 0; n < states; ++n) {
+            const vf a = exp2(step * load(tile.decay + n * V));
+            store(s.a + (t * states + n) * V, a);
+            store(s.h + ((t + 1) * states + n) * V, a * load(before + n * V) + write * Bt[n]);
+        }
+    }
+}
+
+// Gate: dy becomes the gradient before the gate, dz is filled. Needs y, hence the states.
+FN void backward_gate(const ScanCall& call, vf skip, int64_t steps, const BackwardScratch& s) {
+    const int64_t states = call.states;
+    for (int64_t t = 0; t < steps; ++t) {
+        vf y = load(s.u + t * V) * skip;
+        for (int64_t n = 0; n < states; ++n) y += load(s.h + ((t + 1) * states + n) * V) * s.C[t * states + n];
+        const vf z = load(s.z + t * V), half = sigmoid(z), dy = load(s.dy + t * V);
+        store(s.dz + t * V, dy * y * half * (1.0f + z * (1.0f - half)));
+        store(s.dy + t * V, dy * z * half);
+    }
+}
+
+FN void backward_chunk(const ScanCall& call, int64_t steps, vf skip, Tile& tile, const BackwardScratch& s) {
+    const int64_t states = call.states;
+    const vf to_natural = splat(1.0f / kLog2E);
+    for (int64_t t = steps - 1; t >= 0; --t) {
+        const vf dy = load(s.dy + t * V), step = load(s.delta + t * V), u = load(s.u + t * V), write = step * u;
+        const float *Bt = s.B + t * states, *Ct = s.C + t * states;
+        const float *before = s.h + t * states * V, *after = before + states * V, *a = s.a + t * states * V;
+        float *accB = s.accB + t * states * V, *accC = s.accC + t * states * V;
+        vf dwrite = {}, dstep = {};
+        for (int64_t n = 0; n < states; ++n) {
+            const vf dh = load(tile.dstate + n * V) + dy * Ct[n];
+            store(accC + n * V, load(accC + n * V) + dy * load(after + n * V));
+            store(accB + n * V, load(accB + n * V) + dh * write);
+            dwrite += dh * Bt[n];
+            const vf entering = dh * load(a + n * V), dexponent = entering * load(before + n * V);
+            store(tile.dstate + n * V, entering);
+            dstep += dexponent * load(tile.decay + n * V);
+            store(tile.dA + n * V, load(tile.dA + n * V) + dexponent * step);
+        }
+        const vf ddelta = (dstep * to_natural + dwrite * u) * load(s.slope + t * V);
+        store(s.du + t * V, dwrite * step + dy * skip);
+        store(s.slope + t * V, ddelta);
+        tile.dD += dy * u;
+        tile.dbias += ddelta;
+    }
+}
+
+FN void backward(const ScanCall& call, const Unit& unit) {
+    const int64_t states = call.states, per_group = call.channels / call.groups;
+    const int64_t count = (unit.last - unit.first + V - 1) / V;
+    const int64_t block = kChunk * states * V;
+    Scratch scratch(4 * count * states * kWidest + 2 * kChunk * states + 8 * kChunk * V + 4 * block + states * V +
+                    32 * kWidest);
+    BackwardScratch s;
+    s.B = scratch.take(kChunk * states), s.C = scratch.take(kChunk * states);
+    s.delta = scratch.take(kChunk * V), s.slope = scratch.take(kChunk * V), s.u = scratch.take(kChunk * V);
+    s.dy = scratch.take(kChunk * V), s.z = scratch.take(kChunk * V), s.dz = scratch.take(kChunk * V);
+    s.du = scratch.take(kChunk * V), s.h = scratch.take(block + states * V), s.a = scratch.take(block);
+    s.accB = scratch.take(block), s.accC = scratch.take(block);
+    std::vector<Tile> tiles(count);
+    for (int64_t i = 0; i < count; ++i) {
+        tiles[i].channel = unit.first + i * V;
+        tiles[i].count = std::min<int64_t>(V, unit.last - tiles[i].channel);
+        tiles[i].decay = scratch.take(states * V);
+        tiles[i].dstate = scratch.take(states * V);
+        tiles[i].dA = scratch.take(states * V);
+    }
+    for (int64_t group = unit.group; group < unit.group_end; ++group) {
+        const int32_t* order = call.order ? call.order + group * call.length : nullptr;
+        const int64_t offset = unit.batch * call.channels + group * per_group;
+        for (Tile& tile : tiles) {
+            load_states(call.A + (group * per_group + tile.channel) * states, tile.count, states, kLog2E, tile.decay);
+            if (call.dlast)
+                load_states(call.dlast + (offset + tile.channel) * states, tile.count, states, 1.0f, tile.dstate);
+            else
+                std::memset(tile.dstate, 0, states * sizeof(vf));
+            std::memset(tile.dA, 0, states * sizeof(vf));
+            tile.dD = tile.dbias = vf{};
+        }
+        const int64_t chunks = (call.length + kChunk - 1) / kChunk;
+        for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+            const int64_t start = chunk * kChunk, steps = std::min(kChunk, call.length - start);
+            load_rows(call.B, unit.batch, group, states, order, start, steps, s.B);
+            load_rows(call.C, unit.batch, group, states, order, start, steps, s.C);
+            std::memset(s.accB, 0, block * sizeof(float));
+            std::memset(s.accC, 0, block * sizeof(float));
+            for (Tile& tile : tiles) {
+                const int64_t channel = group * per_group + tile.channel;
+                const int64_t outer = call.shared ? tile.channel : channel;
+                load_tile(call.delta, unit.batch, channel, tile.count, order, start, steps, s.delta);
+                load_tile(call.u, unit.batch, outer, tile.count, order, start, steps, s.u);
+                load_tile(call.dy, unit.batch, outer, tile.count, order, start, steps, s.dy);
+                make_delta(call, load_channels(call.bias ? call.bias + channel : nullptr, tile.count), steps, s.delta,
+                           s.slope);
+                std::memcpy(s.h, checkpoint(call, unit.batch, chunk, tile_index(call, group, tile.channel)),
+                            states * sizeof(vf));
+                recompute_chunk(call, steps, tile, s);
+                const vf skip = load_channels(call.D ? call.D + channel : nullptr, tile.count);
+                const bool add = group > unit.group;
+                if (call.z.data) {
+                    load_tile(call.z, unit.batch, outer, tile.count, order, start, steps, s.z);
+                    backward_gate(call, skip, steps, s);
+                    store_tile(call.dz, unit.batch, outer, tile.count, order, start, steps, add, s.dz);
+                }
+                backward_chunk(call, steps, skip, tile, s);
+                store_tile(call.ddelta, unit.batch, channel, tile.count, order, start, steps, false, s.slope);
+                store_tile(call.du, unit.batch, outer, tile.count, order, start, steps, add, s.du);
+            }
+            // Sums over channels, in place: V results take the room of the first vector read.
+            const int64_t row = (unit.split * call.batch + unit.batch) * call.groups + group;
+            for (int which = 0; which < 2; ++which) {
+                float *acc = which ? s.accC : s.accB, *out = (which ? call.dC : call.dB) + row * call.length * states;
+                for (int64_t i = 0; i < kChunk * states; i += V) store(acc + i, sum_lanes<2>(acc + i * V));
+                for (int64_t t = 0; t < steps; ++t)
+                    std::memcpy(out + (order ? order[start + t] : start + t) * states, acc + t * states,
+                                states * sizeof(float));
+            }
+        }
+        for (Tile& tile : tiles) {
+            store_states(tile.dA, tile.count, states, call.dA + (offset + tile.channel) * states);
+            std::memcpy(call.dD + offset + tile.channel, &tile.dD, tile.count * sizeof(float));
+            std::memcpy(call.dbias + offset + tile.channel, &tile.dbias, tile.count * sizeof(float));
+        }
+    }
+}
+
+#undef FN
+#undef INLINE
+}  // namespace ENS_NAMESPACE
+}  // namespace
