@@ -1,17 +1,23 @@
-"""Mamba-1's selective scan (arXiv 2312.00752, algorithm 2): a readable loop and a chunked form of the same sums.
+"""Mamba-1's selective scan (arXiv 2312.00752, algorithm 2) in one direction, and in several directions of an image.
 
-Shapes: B batch, D channels, G groups (channel d uses group d // (D/G)), N states, L length, K chunks, T steps of a
-chunk. The state is kept in float32 (float64 for float64 input).
+Shapes: B batch, D channels, G groups (channel d uses group d // (D/G)), N states, L length. The state is kept in
+float32 (float64 for float64 input). CPU: the native kernel, or a chunked PyTorch path where it is not built. CUDA:
+mamba-ssm where installed, else the chunked path.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ens.ops.native import ScanInputs, load_kernels
+from ens.ops.scan_op import scan_chunked, scan_op, uses_kernel
+from ens.ops.scan_order import invert_order
 
 
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
@@ -23,24 +29,52 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     y (B, D, L) in u's dtype, and the last state (B, D, N) on request. float16 and bfloat16 input is accepted. NaN in
     gives NaN out. Raises ValueError for shapes that do not fit, zero length included.
     """
-    raw = _check(u, delta, A, B, C, D, z, delta_bias)
-    y, state = _scan_chunked(*_prepare(raw, delta_softplus=delta_softplus))
-    return _finish(y, state, raw, return_last_state=return_last_state)
+    given = _check(u, delta, A, B, C, D, z, delta_bias)
+    y, last = _run(given, delta_softplus=delta_softplus)
+    return (y, last) if return_last_state else y
+
+
+def selective_scan_directions(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
+                              order: Tensor) -> Tensor:
+    """Sum of G scans of one u, each in its own order, Δ with softplus: VMamba's four-direction scan without copies.
+
+    u (B, E, L) in pixel order, delta (B, G·E, L) direction-major, A (G·E, N), B and C (B, G, N, L), D and delta_bias
+    (G·E), order (G, L) with a permutation of the pixels in every row (`scan_order`) -> y (B, E, L). The kernel reads
+    and writes through `order`, fastest where the channels are innermost in memory (channels-last). Raises ValueError
+    for shapes that do not fit.
+    """
+    if order.ndim != 2 or B.ndim != 4 or order.shape != (B.shape[1], B.shape[3]):
+        raise ValueError(f"order is (G, L) and B (B, G, N, L), got {tuple(order.shape)} and {tuple(B.shape)}")
+    given = _check(u, delta, A, B, C, D, None, delta_bias, directions=order.shape[0])
+    if cuda_scan(u) is None:
+        return _run(given, delta_softplus=True, order=order.to(torch.int32))[0]
+    ordered = [torch.stack([m[:, g][..., index] for g, index in enumerate(order)], 1) for m in
+               (u[:, None].expand(-1, order.shape[0], -1, -1), delta.unflatten(1, (order.shape[0], -1)), B, C)]
+    y, _ = _run(_Inputs(ordered[0].flatten(1, 2), ordered[1].flatten(1, 2), A, ordered[2], ordered[3], D, None,
+                        delta_bias), delta_softplus=True)
+    parts = y.unflatten(1, (order.shape[0], -1))
+    return torch.stack([parts[:, g][..., invert_order(index)] for g, index in enumerate(order)]).sum(0)
 
 
 def selective_scan_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
                         z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
                         return_last_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Readable twin of `selective_scan`, one step at a time; same arguments, same result, slow."""
-    raw = _check(u, delta, A, B, C, D, z, delta_bias)
-    u_BDL, delta_BDL, A_DN, B_BDNL, C_BDNL = _prepare(raw, delta_softplus=delta_softplus, expand=True)
+    given = _check(u, delta, A, B, C, D, z, delta_bias)
+    u_BDL, delta_BDL, A_DN, B_BGNL, C_BGNL, D, z, delta_bias = _to_state_dtype(given)
+    delta_BDL = delta_BDL if delta_bias is None else delta_BDL + delta_bias[:, None]
+    delta_BDL = F.softplus(delta_BDL) if delta_softplus else delta_BDL
+    B_BDNL, C_BDNL = (m.repeat_interleave(u.shape[1] // m.shape[1], 1) for m in (B_BGNL, C_BGNL))
     state = u_BDL.new_zeros(u.shape[0], *A.shape)
     steps = []
     for t in range(u.shape[2]):
         step_BD1 = delta_BDL[:, :, t, None]
         state = torch.exp(step_BD1 * A_DN) * state + step_BD1 * B_BDNL[..., t] * u_BDL[:, :, t, None]
         steps.append((state * C_BDNL[..., t]).sum(-1))
-    return _finish(torch.stack(steps, -1), state, raw, return_last_state=return_last_state)
+    y = torch.stack(steps, -1)
+    y = y if D is None else y + u_BDL * D[:, None]
+    y = (y if z is None else y * F.silu(z)).to(u.dtype)
+    return (y, state) if return_last_state else y
 
 
 class _Inputs(NamedTuple):
@@ -57,15 +91,17 @@ class _Inputs(NamedTuple):
 
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-           delta_bias: Tensor | None) -> _Inputs:
+           delta_bias: Tensor | None, *, directions: int = 1) -> _Inputs:
+    """`directions` groups share u, which then has D / directions channels."""
     if u.ndim != 3 or 0 in u.shape:
         raise ValueError(f"u is (B, D, L) without empty axes, got {tuple(u.shape)}")
-    batch, channels, length = u.shape
+    batch, channels, length = u.shape[0], u.shape[1] * directions, u.shape[2]
     if A.ndim != 2 or A.shape[0] != channels or A.shape[1] == 0:
         raise ValueError(f"A is (D, N) with D {channels} and N at least 1, got {tuple(A.shape)}")
-    for name, value in (("delta", delta), ("z", z)):
-        if value is not None and value.shape != u.shape:
-            raise ValueError(f"{name} has the shape of u, {tuple(u.shape)}, got {tuple(value.shape)}")
+    if delta.shape != (batch, channels, length):
+        raise ValueError(f"delta is (B, D, L), {(batch, channels, length)} beside this u, got {tuple(delta.shape)}")
+    if z is not None and z.shape != u.shape:
+        raise ValueError(f"z has the shape of u, {tuple(u.shape)}, got {tuple(z.shape)}")
     for name, value in (("D", D), ("delta_bias", delta_bias)):
         if value is not None and value.shape != (channels,):
             raise ValueError(f"{name} is (D) with D {channels}, got {tuple(value.shape)}")
@@ -80,58 +116,46 @@ def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor 
     return _Inputs(u, delta, A, B, C, D, z, delta_bias)
 
 
-def _prepare(raw: _Inputs, *, delta_softplus: bool, expand: bool = False) -> tuple[Tensor, ...]:
-    """(u, Δ, A, B, C) in the state's dtype, Δ with bias and softplus; B and C per channel where `expand`."""
-    dtype = torch.promote_types(raw.u.dtype, torch.float32)
-    u, delta, A, B, C = (m.to(dtype) for m in raw[:5])
-    delta = delta if raw.delta_bias is None else delta + raw.delta_bias.to(dtype)[:, None]
-    delta = F.softplus(delta) if delta_softplus else delta
-    if expand:
-        B, C = (m.repeat_interleave(u.shape[1] // m.shape[1], 1) for m in (B, C))
-    return u, delta, A, B, C
+def _to_state_dtype(given: _Inputs) -> _Inputs:
+    dtype = torch.promote_types(given.u.dtype, torch.float32)
+    return _Inputs(*(None if m is None else m.to(dtype) for m in given))  # type: ignore[arg-type]
 
 
-def _finish(y: Tensor, state: Tensor, raw: _Inputs, *, return_last_state: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """Skip, gate and the dtype of the input."""
-    if raw.D is not None:
-        y = y + raw.u.to(y.dtype) * raw.D.to(y.dtype)[:, None]
-    if raw.z is not None:
-        y = y * F.silu(raw.z.to(y.dtype))
-    y = y.to(raw.u.dtype)
-    return (y, state) if return_last_state else y
+def _run(given: _Inputs, *, delta_softplus: bool, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(y in u's dtype, last state); with `order` the groups share u and y is their sum."""
+    fused = cuda_scan(given.u)
+    if fused is not None and order is None:
+        return fused(*given, delta_softplus, True)
+    u, delta, A, B, C, D, z, delta_bias = _to_state_dtype(given)
+    A, D, delta_bias = A.contiguous(), D if D is None else D.contiguous(), \
+        delta_bias if delta_bias is None else delta_bias.contiguous()
+    shared = order is not None
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not uses_kernel(u):
+        y, last = scan_chunked(ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, delta_softplus))
+    else:
+        keep = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in given)
+        y, last, _ = scan_op(u, delta, A, B, C, D, z, delta_bias, order, shared, delta_softplus, keep)
+    return y.to(given.u.dtype), last
 
 
-def _scan_chunked(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """All chunks step by step at once from a zero state, then the state that enters each chunk, then its effect.
-
-    About 2·√L vectorised steps instead of L. Returns y (B, D, L) and the last state (B, D, N).
-    """
-    batch, channels, length = u.shape
-    groups, states = B.shape[1:3]
-    chunk = math.isqrt(length - 1) + 1
-    pad = -length % chunk
-    # Padded steps have Δ = 0: the state passes them unchanged.
-    # Steps first: each of the vectorised steps then reads one contiguous slab.
-    u_, delta_ = (F.pad(m, (0, pad)).view(batch, groups, -1, 1, (length + pad) // chunk, chunk).movedim(-1, 0)
-                  .contiguous() for m in (u, delta))
-    B_, C_ = (F.pad(m, (0, pad)).view(batch, groups, 1, states, -1, chunk).movedim(-1, 0).contiguous() for m in (B, C))
-    A_ = A.view(groups, -1, states, 1)
-    state = A.new_zeros(batch, groups, channels // groups, states, u_.shape[-1])
-    write = delta_ * u_
-    inside = []
-    for t in range(chunk):
-        state = torch.addcmul(write[t] * B_[t], torch.exp(delta_[t] * A_), state)
-        inside.append((state * C_[t]).sum(3))
-    elapsed = delta_.cumsum(0)
-    whole = torch.exp(elapsed[-1] * A_).movedim(-1, 0).contiguous()
-    entering = [torch.zeros_like(whole[0])]
-    for decay, left in zip(whole, state.movedim(-1, 0), strict=True):
-        entering.append(decay * entering[-1] + left)
-    entered = torch.stack(entering[:-1], -1)
-    y = torch.stack([part + (torch.exp(elapsed[t] * A_) * entered * C_[t]).sum(3) for t, part in enumerate(inside)], -1)
-    return y.reshape(batch, channels, -1)[..., :length], entering[-1].reshape(batch, channels, states)
+def cuda_scan(u: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """mamba-ssm's fused scan for a CUDA tensor, None for others and where mamba-ssm is not installed."""
+    return _load_mamba_ssm() if u.is_cuda and u.dtype != torch.float64 else None
 
 
-def scan_flops(batch: int, channels: int, length: int, states: int, *, gated: bool = False) -> int:
-    """Floating-point operations of one scan in VMamba's convention: 9·B·L·D·N + B·D·L (+ B·D·L with z)."""
-    return batch * length * channels * (9 * states + 1 + gated)
+@functools.cache
+def _load_mamba_ssm() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    try:
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ImportError:  # also what it raises without its CUDA extension
+        return None
+    return selective_scan_fn  # type: ignore[no-any-return]
+
+
+def scan_backends() -> dict[str, str]:
+    """What a selective scan runs in on each device, for people to read."""
+    library = load_kernels()
+    widths = {16: "AVX-512", 8: "AVX2", 4: "portable"}
+    native = None if library is None else widths[library.ens_scan_lanes()]
+    return {"cpu": f"native kernel ({native})" if native else "chunked PyTorch path (native kernel not built)",
+            "cuda": "mamba-ssm" if _load_mamba_ssm() else "chunked PyTorch path (mamba-ssm not installed)"}

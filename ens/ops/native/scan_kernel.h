@@ -134,7 +134,7 @@ struct Tile {
     int64_t channel, count;  // within the group
     float *decay, *state;    // A·log2(e) and h, both [state][lane]
     float *dstate, *dA;      // backward only
-    vf dD, dbias;
+    float *dD, *dbias;       // backward only, one vector each
 };
 
 FN int64_t tile_index(const ScanCall& call, int64_t group, int64_t channel) {
@@ -150,7 +150,7 @@ FN float* checkpoint(const ScanCall& call, int64_t batch, int64_t chunk, int64_t
 }
 
 FN void forward_chunk(const ScanCall& call, const float* B, const float* C, int64_t steps, const float* delta,
-                      const float* u, Tile& tile, float* y) {
+                      const float* u, const Tile& tile, float* y) {
     const int64_t states = call.states;
     const float* decay = tile.decay;
     float* state = tile.state;
@@ -183,7 +183,7 @@ FN void forward(const ScanCall& call, const Unit& unit) {
     }
     for (int64_t group = unit.group; group < unit.group_end; ++group) {
         const int32_t* order = call.order ? call.order + group * call.length : nullptr;
-        for (Tile& tile : tiles) {
+        for (const Tile& tile : tiles) {
             load_states(call.A + (group * per_group + tile.channel) * states, tile.count, states, kLog2E, tile.decay);
             std::memset(tile.state, 0, states * sizeof(vf));
         }
@@ -191,7 +191,7 @@ FN void forward(const ScanCall& call, const Unit& unit) {
             const int64_t steps = std::min(kChunk, call.length - start);
             load_rows(call.B, unit.batch, group, states, order, start, steps, B);
             load_rows(call.C, unit.batch, group, states, order, start, steps, C);
-            for (Tile& tile : tiles) {
+            for (const Tile& tile : tiles) {
                 const int64_t channel = group * per_group + tile.channel;
                 const int64_t outer = call.shared ? tile.channel : channel;
                 if (call.checkpoints)
@@ -216,7 +216,7 @@ FN void forward(const ScanCall& call, const Unit& unit) {
                 store_tile(call.y, unit.batch, outer, tile.count, order, start, steps, group > unit.group, y);
             }
         }
-        for (Tile& tile : tiles)
+        for (const Tile& tile : tiles)
             store_states(tile.state, tile.count, states,
                          call.last_state + (unit.batch * call.channels + group * per_group + tile.channel) * states);
     }
@@ -270,9 +270,10 @@ FN void backward_gate(const ScanCall& call, vf skip, int64_t steps, const Backwa
     }
 }
 
-FN void backward_chunk(const ScanCall& call, int64_t steps, vf skip, Tile& tile, const BackwardScratch& s) {
+FN void backward_chunk(const ScanCall& call, int64_t steps, vf skip, const Tile& tile, const BackwardScratch& s) {
     const int64_t states = call.states;
     const vf to_natural = splat(1.0f / kLog2E);
+    vf dD = load(tile.dD), dbias = load(tile.dbias);
     for (int64_t t = steps - 1; t >= 0; --t) {
         const vf dy = load(s.dy + t * V), step = load(s.delta + t * V), u = load(s.u + t * V), write = step * u;
         const float *Bt = s.B + t * states, *Ct = s.C + t * states;
@@ -292,16 +293,18 @@ FN void backward_chunk(const ScanCall& call, int64_t steps, vf skip, Tile& tile,
         const vf ddelta = (dstep * to_natural + dwrite * u) * load(s.slope + t * V);
         store(s.du + t * V, dwrite * step + dy * skip);
         store(s.slope + t * V, ddelta);
-        tile.dD += dy * u;
-        tile.dbias += ddelta;
+        dD += dy * u;
+        dbias += ddelta;
     }
+    store(tile.dD, dD);
+    store(tile.dbias, dbias);
 }
 
 FN void backward(const ScanCall& call, const Unit& unit) {
     const int64_t states = call.states, per_group = call.channels / call.groups;
     const int64_t count = (unit.last - unit.first + V - 1) / V;
     const int64_t block = kChunk * states * V;
-    Scratch scratch(4 * count * states * kWidest + 2 * kChunk * states + 8 * kChunk * V + 4 * block + states * V +
+    Scratch scratch(3 * count * (states + 1) * kWidest + 2 * kChunk * states + 8 * kChunk * V + 4 * block + states * V +
                     32 * kWidest);
     BackwardScratch s;
     s.B = scratch.take(kChunk * states), s.C = scratch.take(kChunk * states);
@@ -316,18 +319,21 @@ FN void backward(const ScanCall& call, const Unit& unit) {
         tiles[i].decay = scratch.take(states * V);
         tiles[i].dstate = scratch.take(states * V);
         tiles[i].dA = scratch.take(states * V);
+        tiles[i].dD = scratch.take(V);
+        tiles[i].dbias = scratch.take(V);
     }
     for (int64_t group = unit.group; group < unit.group_end; ++group) {
         const int32_t* order = call.order ? call.order + group * call.length : nullptr;
         const int64_t offset = unit.batch * call.channels + group * per_group;
-        for (Tile& tile : tiles) {
+        for (const Tile& tile : tiles) {
             load_states(call.A + (group * per_group + tile.channel) * states, tile.count, states, kLog2E, tile.decay);
             if (call.dlast)
                 load_states(call.dlast + (offset + tile.channel) * states, tile.count, states, 1.0f, tile.dstate);
             else
                 std::memset(tile.dstate, 0, states * sizeof(vf));
             std::memset(tile.dA, 0, states * sizeof(vf));
-            tile.dD = tile.dbias = vf{};
+            store(tile.dD, vf{});
+            store(tile.dbias, vf{});
         }
         const int64_t chunks = (call.length + kChunk - 1) / kChunk;
         for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
@@ -336,7 +342,7 @@ FN void backward(const ScanCall& call, const Unit& unit) {
             load_rows(call.C, unit.batch, group, states, order, start, steps, s.C);
             std::memset(s.accB, 0, block * sizeof(float));
             std::memset(s.accC, 0, block * sizeof(float));
-            for (Tile& tile : tiles) {
+            for (const Tile& tile : tiles) {
                 const int64_t channel = group * per_group + tile.channel;
                 const int64_t outer = call.shared ? tile.channel : channel;
                 load_tile(call.delta, unit.batch, channel, tile.count, order, start, steps, s.delta);
@@ -368,10 +374,10 @@ FN void backward(const ScanCall& call, const Unit& unit) {
                                 states * sizeof(float));
             }
         }
-        for (Tile& tile : tiles) {
+        for (const Tile& tile : tiles) {
             store_states(tile.dA, tile.count, states, call.dA + (offset + tile.channel) * states);
-            std::memcpy(call.dD + offset + tile.channel, &tile.dD, tile.count * sizeof(float));
-            std::memcpy(call.dbias + offset + tile.channel, &tile.dbias, tile.count * sizeof(float));
+            std::memcpy(call.dD + offset + tile.channel, tile.dD, tile.count * sizeof(float));
+            std::memcpy(call.dbias + offset + tile.channel, tile.dbias, tile.count * sizeof(float));
         }
     }
 }

@@ -1,0 +1,176 @@
+"""The selective scan as one PyTorch operator, `torch.ops.ens.selective_scan`: native kernel or chunked PyTorch below.
+
+Shapes: B batch, D channels, G groups, N states, L length, K chunks, T steps of a chunk. As one operator it is seen by
+FlopCounterMode, torch.compile and torch.export, and the backward pass keeps no state sequence in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from ens.ops.native import ScanInputs, checkpoint_shape, load_kernels, scan_backward, scan_forward
+from ens.ops.scan_order import invert_order
+
+
+@functools.cache
+def _warn_about_the_slow_path() -> None:
+    warnings.warn("the native scan kernel is not built (no C++ compiler when ens was installed), so selective scans "
+                  "take the chunked PyTorch path, more than ten times slower; install a compiler and reinstall ens",
+                  RuntimeWarning, stacklevel=5)
+
+
+def uses_kernel(u: Tensor) -> bool:
+    """Whether a scan of u runs in the native kernel: float32 on the CPU, kernel built. Says so once where it is not."""
+    if u.device.type not in ("cpu", "meta") or u.dtype != torch.float32:
+        return False
+    if load_kernels() is None:
+        _warn_about_the_slow_path()
+        return False
+    return True
+
+
+@torch.library.custom_op("ens::selective_scan", mutates_args=())
+def scan_op(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+            delta_bias: Tensor | None, order: Tensor | None, shared: bool, delta_softplus: bool,
+            keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y like u, last state (B, D, N), and what the backward pass needs (empty unless `keep`)."""
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, delta_softplus)
+    if uses_kernel(u):
+        return scan_forward(inputs, keep=keep)
+    y, last = scan_chunked(inputs)
+    return torch.empty_like(u).copy_(y), last, u.new_empty(0)
+
+
+@scan_op.register_fake
+def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+      delta_bias: Tensor | None, order: Tensor | None, shared: bool, delta_softplus: bool,
+      keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, delta_softplus)
+    kept = checkpoint_shape(inputs) if keep and uses_kernel(u) else (0,)
+    return torch.empty_like(u), u.new_empty(u.shape[0], *A.shape), u.new_empty(kept)
+
+
+@torch.library.custom_op("ens::selective_scan_backward", mutates_args=())
+def scan_backward_op(dy: Tensor, dlast: Tensor | None, checkpoints: Tensor, u: Tensor, delta: Tensor, A: Tensor,
+                     B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
+                     order: Tensor | None, shared: bool, delta_softplus: bool) -> list[Tensor]:
+    """Gradients in the order of the inputs; those of B and C as (B, G, L, N); z's is empty without z. Kernel only."""
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, delta_softplus)
+    return list(scan_backward(inputs, checkpoints, dy, dlast))
+
+
+@scan_backward_op.register_fake
+def _(dy: Tensor, dlast: Tensor | None, checkpoints: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+      D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, order: Tensor | None, shared: bool,
+      delta_softplus: bool) -> list[Tensor]:
+    batch, groups, states, length = B.shape
+    dB, dC = (u.new_empty(batch, groups, length, states) for _ in range(2))
+    dz = u.new_empty(0) if z is None else torch.empty_like(z)
+    channels = delta.shape[1]
+    return [torch.empty_like(u), torch.empty_like(delta), u.new_empty(channels, states), dB, dC, u.new_empty(channels),
+            dz, u.new_empty(channels)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.shared, ctx.delta_softplus, _ = inputs
+    ctx.save_for_backward(output[2], *tensors)
+
+
+def _backward(ctx: Any, dy: Tensor, dlast: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    checkpoints, *tensors = ctx.saved_tensors
+    if uses_kernel(tensors[0]):
+        grads = scan_backward_op(dy, dlast, checkpoints, *tensors, ctx.shared, ctx.delta_softplus)
+        grads[3:5] = [m.transpose(2, 3) for m in grads[3:5]]
+    else:
+        grads = _chunked_gradients(ScanInputs(*tensors, ctx.shared, ctx.delta_softplus), dy, dlast)
+    kept = [None if tensor is None else grad for tensor, grad in zip(tensors[:8], grads, strict=True)]
+    return (*kept, None, None, None, None)
+
+
+scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def scan_flops(batch: int, channels: int, length: int, states: int, *, gated: bool = False) -> int:
+    """Floating-point operations of one scan in VMamba's convention: 9·B·L·D·N + B·D·L (+ B·D·L with z)."""
+    return batch * length * channels * (9 * states + 1 + gated)
+
+
+@register_flop_formula(torch.ops.ens.selective_scan)
+def _count_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *args: Any, **kwargs: Any) -> int:
+    return scan_flops(delta[0], delta[1], delta[2], A[1], gated=z is not None)
+
+
+@register_flop_formula(torch.ops.ens.selective_scan_backward)
+def _count_scan_backward(dy: Any, dlast: Any, checkpoints: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any,
+                         z: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * scan_flops(delta[0], delta[1], delta[2], A[1], gated=z is not None)
+
+
+def _chunked_gradients(inputs: ScanInputs, dy: Tensor, dlast: Tensor) -> list[Tensor | None]:
+    """Gradients of the chunked path by running it again: the states of one scan live at a time."""
+    with torch.enable_grad():
+        leaves = [None if m is None else m.detach().requires_grad_() for m in inputs[:8]]
+        outputs = scan_chunked(ScanInputs(*leaves, *inputs[8:]))
+        given = [leaf for leaf in leaves if leaf is not None]
+        grads = iter(torch.autograd.grad(outputs, given, (dy, dlast)))
+    return [None if leaf is None else next(grads) for leaf in leaves]
+
+
+def scan_chunked(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """The scan in PyTorch operators: every device and float type, differentiable. y like u, last state (B, D, N)."""
+    u, delta, A, B, C, D, z, delta_bias, order, shared, delta_softplus = inputs
+    groups = B.shape[1]
+    grouped = u[:, None].expand(-1, groups, -1, -1) if shared else u.unflatten(1, (groups, -1))
+    steps = delta if delta_bias is None else delta + delta_bias[:, None]
+    steps = (F.softplus(steps) if delta_softplus else steps).unflatten(1, (groups, -1))
+    if order is None:
+        y, last = _scan_groups(grouped, steps, A, B, C)
+    else:
+        index = order.long()
+        ordered = [torch.stack([m[:, g][..., index[g]] for g in range(groups)], 1) for m in (grouped, steps, B, C)]
+        y, last = _scan_groups(ordered[0], ordered[1], A, ordered[2], ordered[3])
+        y = torch.stack([y[:, g][..., invert_order(index[g])] for g in range(groups)], 1)
+    if D is not None:
+        y = y + grouped * D.view(groups, -1, 1)
+    y = y.sum(1) if shared else y.flatten(1, 2)
+    return (y if z is None else y * F.silu(z)), last
+
+
+def _scan_groups(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """All chunks step by step at once from a zero state, then the state that enters each chunk, then its effect.
+
+    u, delta (B, G, D/G, L), Δ ready -> y likewise, last state (B, D, N). About 2·√L vectorised steps instead of L.
+    """
+    batch, groups, per_group, length = u.shape
+    states = A.shape[1]
+    chunk = math.isqrt(length - 1) + 1
+    pad = -length % chunk
+    chunks = (length + pad) // chunk
+    # Padded steps have Δ = 0: the state passes them unchanged. Steps first: each step then reads one contiguous slab.
+    u_, delta_ = (F.pad(m, (0, pad)).reshape(batch, groups, per_group, 1, chunks, chunk).movedim(-1, 0).contiguous()
+                  for m in (u, delta))
+    B_, C_ = (F.pad(m, (0, pad)).reshape(batch, groups, 1, states, chunks, chunk).movedim(-1, 0).contiguous()
+              for m in (B, C))
+    A_ = A.view(groups, per_group, states, 1)
+    write = delta_ * u_
+    state = A.new_zeros(batch, groups, per_group, states, chunks)
+    inside = []
+    for t in range(chunk):
+        state = torch.addcmul(write[t] * B_[t], torch.exp(delta_[t] * A_), state)
+        inside.append((state * C_[t]).sum(3))
+    elapsed = delta_.cumsum(0)
+    whole = torch.exp(elapsed[-1] * A_).movedim(-1, 0).contiguous()
+    entering = [torch.zeros_like(whole[0])]
+    for decay, left in zip(whole, state.movedim(-1, 0), strict=True):
+        entering.append(decay * entering[-1] + left)
+    entered = torch.stack(entering[:-1], -1)
+    y = torch.stack([part + (torch.exp(elapsed[t] * A_) * entered * C_[t]).sum(3) for t, part in enumerate(inside)], -1)
+    return y.flatten(3)[..., :length], entering[-1].flatten(1, 2)
