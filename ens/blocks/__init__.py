@@ -13,6 +13,7 @@ from ens.blocks.mambair import MambaIRBlock
 from ens.blocks.plk import PLKBlock
 from ens.blocks.restormer import RestormerBlock
 from ens.blocks.ssd import SSDBlock
+from ens.blocks.vimm import ViMMBlock
 from ens.blocks.vssd import VSSDBlock
 
 FAMILIES: dict[str, type[nn.Module]] = {
@@ -22,6 +23,7 @@ FAMILIES: dict[str, type[nn.Module]] = {
     "vssd": VSSDBlock,
     "conv": ConvBlock,
     "plk": PLKBlock,
+    "vimm": ViMMBlock,
     "identity": IdentityBlock,
 }
 

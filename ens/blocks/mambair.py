@@ -5,63 +5,27 @@ Shapes: x (B, C, H, W) -> (B, C, H, W), any H and W. Parameter names are the rel
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ens.ops.scan_order import FOUR_DIRECTIONS, invert_order, scan_order
-from ens.ops.selective_scan import selective_scan
+from ens.blocks.directions import DirectionalScan
+from ens.ops.scan_order import FOUR_DIRECTIONS, scan_order
 
 
-class SS2D(nn.Module):
+class SS2D(DirectionalScan):
     """VMamba's four-direction scan (arXiv 2401.10166): (B, H, W, C) -> same; `expand` times C inner channels."""
 
     def __init__(self, channels: int, *, state: int, expand: float) -> None:
-        super().__init__()
-        self.inner = inner = int(expand * channels)
-        self.rank = rank = math.ceil(channels / 16)
-        self.state = state
-        self.in_proj = nn.Linear(channels, 2 * inner, bias=False)
-        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
-        self.x_proj_weight = nn.Parameter(torch.empty(4, rank + 2 * state, inner).uniform_(-1, 1) * inner**-0.5)
-        self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, rank).uniform_(-1, 1) * rank**-0.5)
-        self.dt_projs_bias = nn.Parameter(_initial_step_bias(4, inner))
-        self.A_logs = nn.Parameter(torch.log(torch.arange(1.0, state + 1)).repeat(4 * inner, 1))
-        self.Ds = nn.Parameter(torch.ones(4 * inner))
-        self.out_norm = nn.LayerNorm(inner)
-        self.out_proj = nn.Linear(inner, channels, bias=False)
+        super().__init__(channels, directions=4, state=state, expand=expand)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.in_proj(x).split(self.inner, -1)
         value = F.silu(self.conv2d(value.permute(0, 3, 1, 2)))
-        y = self.out_norm(self._scan(value).permute(0, 2, 3, 1))
-        return self.out_proj(y * F.silu(gate))
-
-    def _scan(self, x: Tensor) -> Tensor:
-        """Sum of the four directions: (B, E, H, W) -> same."""
-        batch, inner, height, width = x.shape
-        flat = x.flatten(2).to(memory_format=torch.contiguous_format)
-        # The projections are the same for every pixel, so they come before the reordering, all four at once.
-        projected = (self.x_proj_weight.flatten(0, 1) @ flat).view(batch, 4, -1, height * width)
-        delta = self.dt_projs_weight @ projected[:, :, :self.rank]
-        B, C = projected[:, :, self.rank:self.rank + self.state], projected[:, :, self.rank + self.state:]
-        orders = [scan_order(name, height, width).to(x.device) for name in FOUR_DIRECTIONS]
-        u, delta, B, C = (torch.stack([m[..., order] if m is flat else m[:, k][..., order]
-                                       for k, order in enumerate(orders)], 1) for m in (flat, delta, B, C))
-        y = selective_scan(u.flatten(1, 2), delta.flatten(1, 2), -torch.exp(self.A_logs), B, C, self.Ds,
-                           delta_bias=self.dt_projs_bias.flatten(), delta_softplus=True)
-        assert isinstance(y, Tensor)
-        directions = y.view(batch, 4, inner, -1).unbind(1)
-        return torch.stack([part[..., invert_order(order)] for part, order in
-                            zip(directions, orders, strict=True)]).sum(0).view(x.shape)
-
-
-def _initial_step_bias(directions: int, inner: int) -> Tensor:
-    """Inverse softplus of step sizes spread over 1e-3 to 1e-1 on a logarithmic scale (Mamba's initialisation)."""
-    step = torch.exp(torch.rand(directions, inner) * math.log(100.0) + math.log(1e-3)).clamp(min=1e-4)
-    return step + torch.log(-torch.expm1(-step))
+        orders = [scan_order(name, *value.shape[2:]).to(x.device) for name in FOUR_DIRECTIONS]
+        tokens = value.flatten(2).to(memory_format=torch.contiguous_format)
+        y = torch.stack(self.scan(tokens, orders)).sum(0).view(value.shape)
+        return self.out_proj(self.out_norm(y.permute(0, 2, 3, 1)) * F.silu(gate))
 
 
 class ChannelAttention(nn.Module):

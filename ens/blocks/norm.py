@@ -52,3 +52,10 @@ def channel_mean(x: Tensor) -> Tensor:
         channels = x.shape[1]
         return F.conv2d(x, x.new_full((1, channels, 1, 1), 1.0 / channels))
     return x.mean(1, keepdim=True)
+
+
+class MapNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a (B, C, H, W) map with torch's key names, as released token networks store it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

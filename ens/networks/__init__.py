@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from ens.networks.dvmsr import DVMSR
 from ens.networks.mambair_unet import MambaIRUNet
 from ens.networks.plksr import PLKSR
 from ens.networks.restormer import Restormer
@@ -14,6 +15,7 @@ NETWORKS: dict[str, type[Network]] = {
     "restormer": Restormer,
     "mambair_unet": MambaIRUNet,
     "plksr": PLKSR,
+    "dvmsr": DVMSR,
 }
 
 
