@@ -26,7 +26,7 @@ from ens.data.tasks import Protocol, Task, create_task, find_protocol
 from ens.distill.blockwise import distill_library
 from ens.distill.library import BUILTIN, Library, LibraryError, create_library, open_library
 from ens.distill.losses import TaughtLoss, l1_loss
-from ens.distill.training import Phase, Progress, train_network
+from ens.distill.training import Phase, Progress, start_processes, train_network
 from ens.evaluate.cost import CostTable, build_cost_table, count_cost
 from ens.evaluate.evaluator import Evaluator, evaluate_restorer
 from ens.evaluate.metrics import Score, score_input, score_psnr_db
@@ -71,6 +71,7 @@ def train(study: StudyConfig, out: Path, control: Control = QUIET) -> Network:
     if path.exists():
         control.say(f"train: skipped, {path} is there")
         return load_checkpoint(path)
+    start_processes(_device(study))
     torch.manual_seed(study.seed)
     network = _create_network(study)
     task = _task(study)

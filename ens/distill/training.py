@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,12 @@ def learning_rate(step: int, *, steps: int, lr: float, lr_final: float, warmup_s
         return lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     return lr_final + (lr - lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def start_processes(device: str) -> None:
+    """Join the group that `torchrun` started this process in; does nothing without torchrun."""
+    if "RANK" in os.environ and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
 
 def _find_rank() -> tuple[int, int]:
