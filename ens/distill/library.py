@@ -7,6 +7,7 @@ and renamed, the manifest last, so a library is whole after any crash.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ class Library:
         if not failed:
             round_weights(blocks, dtype)
             save_weights(blocks, self._path(spec.name, choice), dtype)
-        entry = Surrogate(spec.name, choice.label, alignment_error, sum(p.numel() for p in blocks.parameters()), macs,
+        error = alignment_error if math.isfinite(alignment_error) else -1.0
+        entry = Surrogate(spec.name, choice.label, error, sum(p.numel() for p in blocks.parameters()), macs,
                           steps, "" if failed else hash_weights(blocks), failed)
         self.manifest["surrogates"][entry.key] = asdict(entry)
         self.write_manifest()

@@ -1,0 +1,142 @@
+"""Feature-wise distillation and the library it leaves on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ens.distill.blockwise import distill_library
+from ens.distill.library import Library, LibraryError, create_library, open_library
+from ens.distill.training import ResumeMismatch
+from ens.networks import create_network
+from ens.networks.steps import Network, create_filling
+from ens.space import Choice
+
+
+class Noise:
+    def batch(self, index: int, batch_size: int, patch_px: int, *, first: int = 0) -> tuple[Tensor, Tensor]:
+        clean = torch.rand(batch_size, 3, patch_px, patch_px, generator=torch.Generator().manual_seed(index))
+        return clean, clean
+
+
+def teacher() -> Network:
+    torch.manual_seed(0)
+    return create_network("restormer", dim=8, num_blocks=[2, 1, 1, 1], num_refinement_blocks=1, heads=[1, 1, 1, 1],
+                          layer_norm="BiasFree").eval()
+
+
+JOBS = (("encoder_level1", Choice("restormer", 1)), ("encoder_level1", Choice("conv", 1)), ("latent", Choice("vssd", 1)),
+        ("latent", Choice("identity", 1)))
+
+
+def distill(network: Network, library: Library, *, steps: int = 6, stop_after: int | None = None, lr: float = 2e-3,
+            jobs: tuple[tuple[str, Choice], ...] = JOBS, group_size: int = 64) -> bool:
+    calls: list[int] = []
+    return distill_library(
+        network, library, Noise(), [(network.slot(name), choice) for name, choice in jobs], steps=steps, batch_size=2,
+        patch_px=16, lr=lr, bf16=False, group_size=group_size, macs=lambda spec, blocks: 7,
+        on_progress=lambda done, total, error: calls.append(done),
+        should_stop=lambda: stop_after is not None and len(calls) >= stop_after)
+
+
+def test_distillation_lowers_the_error_of_every_trainable_surrogate(tmp_path: Path) -> None:
+    network = teacher()
+    short = create_library(tmp_path / "short", network, task="t", recipe={})
+    long = create_library(tmp_path / "long", network, task="t", recipe={})
+    assert distill(network, short, steps=1) and distill(network, long, steps=60)
+    for key, entry in long.surrogates.items():
+        if "identity" in key:
+            assert entry.alignment_error == pytest.approx(1.0, abs=1e-3)
+        else:
+            assert entry.alignment_error < 0.9 * short.surrogates[key].alignment_error, key
+
+
+def test_a_surrogate_of_the_teachers_family_and_depth_is_perfect_from_the_start(tmp_path: Path) -> None:
+    network = teacher()
+    library = create_library(tmp_path / "lib", network, task="t", recipe={})
+    assert distill(network, library, steps=1, lr=1e-12, jobs=(("encoder_level1", Choice("restormer", 2)),))
+    assert library.surrogates["encoder_level1/restormer×2"].alignment_error < 1e-4
+
+
+@pytest.mark.parametrize("group_size", [64, 3])
+def test_an_interrupted_distillation_ends_with_the_same_library(tmp_path: Path, group_size: int) -> None:
+    network = teacher()
+    whole = create_library(tmp_path / "whole", network, task="t", recipe={})
+    halves = create_library(tmp_path / "halves", network, task="t", recipe={})
+    assert distill(network, whole, group_size=group_size)
+    assert not distill(network, halves, group_size=group_size, stop_after=4)
+    assert distill(network, open_library(tmp_path / "halves"), group_size=group_size)
+    again = open_library(tmp_path / "halves")
+    assert again.surrogates == whole.surrogates
+    assert not (tmp_path / "halves" / "training.pt").exists()
+
+
+def test_an_unfinished_distillation_is_not_continued_with_another_recipe(tmp_path: Path) -> None:
+    network = teacher()
+    library = create_library(tmp_path / "lib", network, task="t", recipe={})
+    distill(network, library, stop_after=2)
+    with pytest.raises(ResumeMismatch, match="another configuration"):
+        distill(network, library, lr=1e-4)
+
+
+def test_a_diverging_choice_is_marked_failed_and_the_others_go_on(tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    network = teacher()
+    library = create_library(tmp_path / "lib", network, task="t", recipe={})
+
+    def broken(spec, choice):  # type: ignore[no-untyped-def]
+        blocks = create_filling(spec, choice)
+        if choice.family == "vssd":
+            with torch.no_grad():
+                next(blocks.parameters()).fill_(float("nan"))
+        return blocks
+
+    monkeypatch.setattr("ens.distill.blockwise.create_filling", broken)
+    assert distill(network, library, steps=12)
+    entry = library.surrogates["latent/vssd×1"]
+    assert "learning rate" in entry.failed and not entry.sha256
+    assert not (tmp_path / "lib" / "latent" / "vssd-1.safetensors").exists()
+    with pytest.raises(LibraryError, match="failed"):
+        library.load_surrogate(network.slot("latent"), Choice("vssd", 1))
+    assert all(not entry.failed and entry.sha256 for key, entry in library.surrogates.items() if "vssd" not in key)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_library_round_trips_bit_for_bit(tmp_path: Path, dtype: str) -> None:
+    network = teacher()
+    library = create_library(tmp_path / "lib", network, task="t", recipe={"steps": 1}, dtype=dtype)
+    spec, choice = network.slot("latent"), Choice("vssd", 1, (("state", 8),))
+    blocks = create_filling(spec, choice)
+    library.store(spec, choice, blocks, alignment_error=0.5, macs=3, steps=1)
+    again = open_library(tmp_path / "lib")
+    for ours, theirs in ((again.load_surrogate(spec, choice), blocks), (again.load_teacher(), network)):
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value)
+            assert torch.equal(value, value.to(getattr(torch, dtype)).float())
+
+
+def test_weights_that_do_not_fit_the_manifest_are_refused(tmp_path: Path) -> None:
+    network = teacher()
+    library = create_library(tmp_path / "lib", network, task="t", recipe={})
+    manifest = json.loads((tmp_path / "lib" / "manifest.json").read_text())
+    manifest["teacher"]["sha256"] = "0" * 64
+    (tmp_path / "lib" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(LibraryError, match="not the teacher"):
+        open_library(tmp_path / "lib").load_teacher()
+    (tmp_path / "lib" / "teacher.safetensors").write_bytes(b"torn")
+    with pytest.raises(LibraryError, match="cannot be read"):
+        library.load_teacher()
+
+
+def test_what_is_no_library_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LibraryError, match="no manifest"):
+        open_library(tmp_path)
+    with pytest.raises(LibraryError, match="does not ship"):
+        open_library("builtin:nothing")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(LibraryError, match="damaged"):
+        open_library(tmp_path)

@@ -1,0 +1,129 @@
+"""Prefix cache and cost table against plain evaluation and hand counts."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ens.data.images import Fingerprint
+from ens.data.pairs import ValidationImage, ValidationSet
+from ens.data.tasks import find_protocol
+from ens.evaluate.cost import build_cost_table, count_cost
+from ens.evaluate.evaluator import Evaluator
+from ens.evaluate.metrics import score
+from ens.networks import create_network
+from ens.networks.steps import Network, create_filling
+from ens.space import Choice, SearchSpace, Slot
+
+PROTOCOL = find_protocol("denoise-color-awgn")
+
+
+def network() -> Network:
+    torch.manual_seed(0)
+    return create_network("restormer", dim=8, num_blocks=[2, 1, 1, 1], num_refinement_blocks=1, heads=[1, 1, 1, 1],
+                          layer_norm="BiasFree").eval()
+
+
+def images(count: int = 2) -> ValidationSet:
+    generator = torch.Generator().manual_seed(1)
+    made = tuple(ValidationImage(f"{i}.png", torch.rand(3, 24, 19 + i, generator=generator),
+                                 torch.rand(3, 24, 19 + i, generator=generator)) for i in range(count))
+    return ValidationSet(made, Fingerprint(count, "24×19", "0" * 64))
+
+
+def space_of(net: Network, names: list[str], choices: list[Choice]) -> SearchSpace:
+    return SearchSpace("t", tuple(Slot(name, (Choice(net.slot(name).family, net.slot(name).depth, teacher=True), *choices))
+                                  for name in names))
+
+
+def fillings_of(net: Network, space: SearchSpace) -> list[list[nn.Module | str | None]]:
+    return [[None, *(create_filling(net.slot(slot.name), choice).eval() for choice in slot.choices[1:])]
+            for slot in space.slots]
+
+
+@pytest.mark.parametrize("names", [["encoder_level1", "latent", "refinement"],
+                                   ["encoder_level1.0", "encoder_level1.1", "decoder_level2"]])
+def test_prefix_cache_changes_no_measurement(names: list[str]) -> None:
+    net = network()
+    space = space_of(net, names, [Choice("conv", 1), Choice("vssd", 1)])
+    fillings, photos = fillings_of(net, space), images()
+    costs = build_cost_table(net, [(slot.name, [m for m in row if not isinstance(m, str)])
+                                   for slot, row in zip(space.slots, fillings, strict=True)], height=32, width=32)
+    evaluator = Evaluator(copy.deepcopy(net), space, fillings, images=photos, protocol=PROTOCOL, costs=costs)
+    genotypes = list(space.enumerate())
+    np.random.default_rng(0).shuffle(genotypes)
+    for genotype in [*sorted(genotypes), *genotypes[:9]]:
+        hybrid = copy.deepcopy(net)
+        for slot, row, index in zip(space.slots, fillings, genotype, strict=True):
+            if index:
+                module = row[index]
+                assert isinstance(module, nn.Module)
+                hybrid.fill(slot.name, module)
+        with torch.inference_mode():
+            expected = tuple(score(hybrid(photo.degraded[None])[0], photo.clean, PROTOCOL).psnr_db
+                             for photo in photos.images)
+        measured = evaluator.measure(tuple(genotype))
+        assert measured.psnr_db == expected
+        assert measured.values["params"] == sum(p.numel() for p in hybrid.parameters())
+        assert measured.values["macs"] == count_cost(hybrid, (1, 3, 32, 32)).macs
+
+
+def test_lexicographic_order_runs_each_prefix_once() -> None:
+    net = network()
+    space = space_of(net, ["encoder_level1", "latent"], [Choice("conv", 1)])
+    fillings = fillings_of(net, space)
+    costs = build_cost_table(net, [(slot.name, [None, None]) for slot in space.slots], height=16, width=16)
+    evaluator = Evaluator(net, space, fillings, images=images(1), protocol=PROTOCOL, costs=costs)
+    list(evaluator.evaluate(sorted(space.enumerate())))
+    first, second, steps = net.slot_step("encoder_level1"), net.slot_step("latent"), len(net.steps)
+    assert evaluator.steps_run == first + 2 * (second - first) + 4 * (steps - second)
+
+
+def test_what_cannot_be_built_and_nan_are_invalid_measurements() -> None:
+    net = network()
+    space = space_of(net, ["latent"], [Choice("conv", 1), Choice("vssd", 1)])
+    broken = create_filling(net.slot("latent"), Choice("conv", 1))
+    with torch.no_grad():
+        for value in broken.parameters():
+            value.fill_(float("nan"))
+    costs = build_cost_table(net, [("latent", [None, None, None])], height=16, width=16)
+    evaluator = Evaluator(net, space, [[None, broken, "vssd×1 of latent failed"]], images=images(1), protocol=PROTOCOL,
+                          costs=costs)
+    teacher, nan, missing = evaluator.evaluate([(0,), (1,), (2,)])
+    assert teacher.valid
+    assert not nan.valid and "not finite" in nan.note
+    assert not missing.valid and "failed" in missing.note
+
+
+def test_macs_and_parameters_match_hand_counts() -> None:
+    conv = nn.Conv2d(3, 5, 3, padding=1)
+    cost = count_cost(conv, (2, 3, 8, 6))
+    assert cost.macs == 2 * 5 * 8 * 6 * 27 and cost.params == 3 * 5 * 9 + 5
+    assert cost.peak_bytes == 4 * (2 * 3 * 48 + 2 * 5 * 48)
+
+
+def test_restormer_macs_are_those_counted_by_hand() -> None:
+    """155 G at 256²: 141 G in convolutions (the paper's figure) and 13.89 G in attention products (SEEDS 1.2)."""
+    block = create_network("restormer", dim=48, num_blocks=[1, 1, 1, 1], num_refinement_blocks=1).slots[0]
+    stack = create_filling(block, Choice("restormer", 1))
+    pixels, channels, hidden = 64 * 64, 48, 127
+    convolutions = channels * 3 * channels + 27 * channels + channels**2 + 3 * channels * hidden + 18 * hidden
+    assert count_cost(stack, (1, 48, 64, 64)).macs == pixels * (convolutions + 2 * channels**2)
+
+
+def test_cost_ranges_bound_every_genotype() -> None:
+    net = network()
+    space = space_of(net, ["latent", "refinement"], [Choice("conv", 1), Choice("vssd", 2)])
+    fillings = fillings_of(net, space)
+    table = build_cost_table(net, [(slot.name, [m for m in row if not isinstance(m, str)])
+                                   for slot, row in zip(space.slots, fillings, strict=True)], height=16, width=16)
+    for name in ("params", "macs"):
+        values = [table.costs(genotype)[name] for genotype in itertools.product(range(3), range(3))]
+        assert table.range(name) == (min(values), max(values))
+
+
