@@ -1,0 +1,93 @@
+"""A hybrid as a plain network, and as one safetensors file that says how to rebuild it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from ens.networks import create_network
+from ens.networks.checkpoints import (
+    CheckpointError,
+    describe_recipe,
+    hash_weights,
+    load_checkpoint,
+    load_strictly,
+    read_metadata,
+    write_tensors,
+)
+from ens.networks.steps import Network, create_filling
+from ens.space import Choice
+
+HYBRID_FORMAT = "ens hybrid 1"
+_DESCRIPTION = ("format", "network", "options", "slots", "weights_sha256")
+
+
+def build_hybrid(teacher: Network, fillings: Mapping[str, nn.Module]) -> Network:
+    """Copy the teacher and put a copy of each filling into its slot (stage or block, by name); eval mode.
+
+    Raises KeyError for a slot the teacher lacks and ValueError when a stage and one of its blocks are both filled.
+    """
+    for name in fillings:
+        if name.rpartition(".")[0] in fillings:
+            raise ValueError(f"slot {name!r} lies inside {name.rpartition('.')[0]!r}; fill one of them")
+    hybrid = copy.deepcopy(teacher)
+    for name, filling in fillings.items():
+        hybrid.fill(name, copy.deepcopy(filling))
+    return hybrid.eval()
+
+
+def save_hybrid(path: str | Path, network: Network, *, choices: Mapping[str, Choice],
+                facts: Mapping[str, str]) -> None:
+    """Write weights, sizes and the choices of the replaced slots to one safetensors file, which appears whole.
+
+    `choices` names the replaced slots only. `facts` (task, protocol, teacher hash, genotype, figures …) are kept as
+    they are. Raises ValueError for weights that are not finite or facts that clash with the description.
+    """
+    slots = {name: {"family": choice.family, "depth": choice.depth, "options": dict(choice.options)}
+             for name, choice in choices.items()}
+    metadata = describe_recipe(network, HYBRID_FORMAT, {"slots": json.dumps(slots)})
+    taken = sorted(set(facts) & set(metadata))
+    if taken:
+        raise ValueError(f"facts may not be called {', '.join(taken)}; these names describe the network")
+    write_tensors(path, network.state_dict(), {**metadata, **facts})
+
+
+def load_hybrid(path: str | Path) -> Network:
+    """Open a hybrid file in eval mode; every key, shape and value must be the stored one. Raises CheckpointError."""
+    metadata = read_metadata(path)
+    if metadata.get("format") != HYBRID_FORMAT:
+        raise CheckpointError(path, f"is no hybrid file (format {metadata.get('format', 'unknown')!r}, "
+                                    f"expected {HYBRID_FORMAT!r})")
+    try:
+        network = create_network(metadata["network"], **json.loads(metadata["options"]))
+        for name, entry in json.loads(metadata["slots"]).items():
+            network.fill(name, create_filling(network.slot(name), _read_choice(entry)))
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(path, f"describes a network that cannot be built ({error})") from error
+    state = load_file(path)
+    load_strictly(path, network, state)
+    if hash_weights(state) != metadata["weights_sha256"]:
+        raise CheckpointError(path, "holds weights other than those that were written (the hash differs)")
+    return network.eval()
+
+
+def _read_choice(entry: Mapping[str, Any]) -> Choice:
+    return Choice(entry["family"], entry["depth"], tuple(entry["options"].items()))
+
+
+def read_facts(path: str | Path) -> dict[str, str]:
+    """Facts stored beside the weights by `save_hybrid` or `save_checkpoint`, without the network's description."""
+    return {key: value for key, value in read_metadata(path).items() if key not in _DESCRIPTION}
+
+
+def open_network(path: str | Path) -> Network:
+    """Open a hybrid file or a checkpoint (released or own), whichever it is. Raises CheckpointError."""
+    if read_metadata(path).get("format", "").startswith("ens hybrid"):
+        return load_hybrid(path)
+    return load_checkpoint(path)

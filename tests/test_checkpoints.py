@@ -1,0 +1,214 @@
+"""Released and own checkpoints: recognised, strict, and every wrong file named for what it is."""
+
+from __future__ import annotations
+
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ens.networks import create_network
+from ens.networks.checkpoints import CheckpointError, hash_weights, load_checkpoint, save_checkpoint
+from ens.networks.restormer import infer_expansion
+from ens.networks.steps import Network
+
+SMALL: dict[str, Any] = {"dim": 8, "num_blocks": (1, 2, 1, 1), "num_refinement_blocks": 1, "heads": (1, 2, 2, 4)}
+VARIANTS: list[dict[str, Any]] = [
+    {"layer_norm": "BiasFree"}, {"layer_norm": "WithBias"}, {"bias": True}, {"in_channels": 1, "out_channels": 1},
+    {"in_channels": 6, "dual_pixel": True}, {"ffn_expansion_factor": 2.0}, {"num_refinement_blocks": 3, "dim": 12,
+                                                                            "heads": (1, 1, 2, 4)},
+]
+
+
+def small(**options: Any) -> Network:
+    torch.manual_seed(0)
+    network = create_network("restormer", **{**SMALL, **options})
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def message(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    text = str(caught.value)
+    assert str(path) in text
+    assert "weights_only=False" not in text and "unsafe" not in text
+    return text
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_sizes_are_inferred_from_the_keys_alone(tmp_path: Path, options: dict[str, Any]) -> None:
+    network = small(**options)
+    torch.save(network.state_dict(), tmp_path / "released.pth")
+    loaded = load_checkpoint(tmp_path / "released.pth")
+    assert hash_weights(loaded) == hash_weights(network)
+    assert [spec.heads for spec in loaded.slots] == [spec.heads for spec in network.slots]
+    image = torch.rand(1, network.in_channels, 16, 24)
+    with torch.no_grad():
+        assert torch.equal(loaded(image), network(image))
+
+
+def test_released_sizes_give_the_released_expansion_factor() -> None:
+    assert infer_expansion({channels: int(channels * 2.66) for channels in (48, 96, 192, 384)}) == 2.66
+    for factor in (1.0, 1.5, 2.0, 2.66, 3.7):
+        hidden = {channels: int(channels * factor) for channels in (16, 32, 64, 128)}
+        assert {channels: int(channels * infer_expansion(hidden)) for channels in hidden} == hidden
+    with pytest.raises(ValueError, match="expansion"):
+        infer_expansion({10: 20, 20: 10})
+
+
+@pytest.mark.parametrize("wrapper", ["params", "state_dict", "model_state_dict", "model", "net"])
+@pytest.mark.parametrize("prefix", ["", "module.", "netG.", "module.net."])
+def test_wrappers_and_prefixes_are_stripped(tmp_path: Path, wrapper: str, prefix: str) -> None:
+    network = small()
+    state = OrderedDict((prefix + key, value) for key, value in network.state_dict().items())
+    torch.save({wrapper: state, "epoch": 3}, tmp_path / "wrapped.ckpt")
+    assert hash_weights(load_checkpoint(tmp_path / "wrapped.ckpt")) == hash_weights(network)
+
+
+def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
+    averaged = small()
+    raw = {key: value + 1 for key, value in averaged.state_dict().items()}
+    torch.save({"params": raw, "params_ema": averaged.state_dict()}, tmp_path / "both.pth")
+    assert hash_weights(load_checkpoint(tmp_path / "both.pth")) == hash_weights(averaged)
+
+
+@pytest.mark.parametrize("name", ["own.safetensors", "own.pth"])
+def test_own_checkpoint_round_trips_bit_for_bit(tmp_path: Path, name: str) -> None:
+    network = small(layer_norm="BiasFree")
+    save_checkpoint(tmp_path / name, network)
+    loaded = load_checkpoint(tmp_path / name)
+    assert hash_weights(loaded) == hash_weights(network)
+    assert not loaded.training
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_safetensors_of_half_precision_is_widened(tmp_path: Path) -> None:
+    network = small()
+    half = {key: value.half() for key, value in network.state_dict().items()}
+    safetensors.torch.save_file(half, tmp_path / "half.safetensors")
+    loaded = load_checkpoint(tmp_path / "half.safetensors").state_dict()
+    assert all(value.dtype == torch.float32 and torch.equal(value, half[key].float()) for key, value in loaded.items())
+
+
+def test_hash_depends_on_names_types_shapes_and_values_but_not_order() -> None:
+    state = {"a": torch.arange(6.0), "b": torch.ones(2)}
+    changed: list[dict[str, Tensor]] = [
+        {"a": state["a"].view(2, 3), "b": state["b"]}, {"a": state["a"].double(), "b": state["b"]},
+        {"c": state["a"], "b": state["b"]}, {"a": state["a"] + 1e-6, "b": state["b"]}]
+    assert hash_weights(dict(reversed(state.items()))) == hash_weights(state)
+    assert len({hash_weights(state), *(hash_weights(other) for other in changed)}) == 5
+    assert hash_weights({"n": torch.tensor(3), "h": torch.ones(3, dtype=torch.bfloat16)})
+
+
+def test_weights_that_are_not_finite_are_never_stored(tmp_path: Path) -> None:
+    network = small()
+    next(network.parameters()).data[0] = float("nan")
+    for name in ("bad.safetensors", "bad.pth"):
+        with pytest.raises(ValueError, match="NaN"):
+            save_checkpoint(tmp_path / name, network)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), [
+    ("page.pth", b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
+    ("page.safetensors", b"<html><head></head></html>", "web page"),
+    ("pointer.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
+    ("pointer.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ("empty.pth", b"", "empty"),
+    ("noise.pth", bytes(range(7, 200)), "no checkpoint at all"),
+    ("noise.safetensors", bytes(range(7, 200)), "not a safetensors file"),
+    ("weights.h5", b"1234", "suffix"),
+])
+def test_wrong_files_are_named_for_what_they_are(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert expected in message(tmp_path / name)
+
+
+def test_missing_file_and_folder_are_said(tmp_path: Path) -> None:
+    assert "does not exist" in message(tmp_path / "none.pth")
+    (tmp_path / "folder.pth").mkdir()
+    assert "not a file" in message(tmp_path / "folder.pth")
+
+
+@pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
+def test_truncated_files_are_said_to_be_truncated(tmp_path: Path, name: str, kept: float) -> None:
+    path = tmp_path / name
+    save_checkpoint(path, small())
+    data = path.read_bytes()
+    path.write_bytes(data[:int(len(data) * kept)])
+    assert "truncated" in message(path)
+
+
+def test_truncated_legacy_pickle_is_said_to_be_truncated(tmp_path: Path) -> None:
+    path = tmp_path / "legacy.pth"
+    torch.save(small().state_dict(), path, _use_new_zipfile_serialization=False)
+    assert hash_weights(load_checkpoint(path)) == hash_weights(small())
+    path.write_bytes(path.read_bytes()[:2000])
+    assert "truncated" in message(path)
+
+
+def test_torchscript_archive_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        for name in ("script/data.pkl", "script/constants.pkl", "script/code/__torch__.py"):
+            archive.writestr(name, b"x")
+    assert "TorchScript" in message(tmp_path / "script.pt")
+
+
+class _Runs:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path(self.target),))
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+
+def test_a_pickle_that_would_run_code_does_not(tmp_path: Path) -> None:
+    torch.save({"params": small().state_dict(), "hook": _Runs(tmp_path / "ran")}, tmp_path / "evil.pth")
+    assert "run code" in message(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_whole_pickled_module_is_refused(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
+    assert "Python objects" in message(tmp_path / "module.pth")
+
+
+def test_another_network_lists_missing_and_unexpected_keys(tmp_path: Path) -> None:
+    state = {f"middle_blks.{i}.conv1.weight": torch.ones(1) for i in range(12)}
+    torch.save({"params": state}, tmp_path / "nafnet.pth")
+    text = message(tmp_path / "nafnet.pth")
+    assert "NAFNet" in text and "restormer" in text
+    assert "missing keys: patch_embed.proj.weight" in text
+    assert "unexpected keys: middle_blks.0.conv1.weight" in text and "and 2 more" in text
+    assert "middle_blks.11" not in text
+
+
+def test_a_restormer_with_foreign_and_lost_keys_lists_them(tmp_path: Path) -> None:
+    state = dict(small().state_dict())
+    del state["output.weight"], state["up2_1.body.0.weight"]
+    torch.save({**state, "output.weight": torch.ones(3, 7, 3, 3), "extra.weight": torch.ones(1)}, tmp_path / "odd.pth")
+    text = message(tmp_path / "odd.pth")
+    assert "missing keys: up2_1.body.0.weight" in text
+    assert "unexpected keys: extra.weight" in text
+    assert "output.weight (3, 7, 3, 3) instead of (3, 16, 3, 3)" in text
+
+
+def test_sizes_that_contradict_each_other_are_an_error(tmp_path: Path) -> None:
+    state = {**small().state_dict(), "latent.0.ffn.project_out.weight": torch.ones(64, 5, 1, 1)}
+    torch.save(state, tmp_path / "odd.pth")
+    assert "do not fit together" in message(tmp_path / "odd.pth")
+
+
+def test_files_without_weights_list_what_they_hold(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "loss": 0.1}, tmp_path / "log.pth")
+    assert "epoch, loss" in message(tmp_path / "log.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    assert "holds a list" in message(tmp_path / "list.pth")
