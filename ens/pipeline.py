@@ -2,25 +2,27 @@
 
     task ─► train ─► distill ─► search ─► pareto ─► finetune ─► export ─► restore
 
-A run folder holds `study.yaml`, `teacher/`, `library/`, `archive.db`, the front, `finetune/` and `export/`. Every verb skips
-what is already there and continues what was interrupted.
+A run folder holds `study.yaml`, `teacher/`, `library/`, `archive.db`, the front, `finetune/` and `export/`. Every verb
+skips what is already there and continues what was interrupted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from ens.config import ConfigError, StudyConfig, open_run, parse_choices, save_run
 from ens.data.folders import load_pairs
-from ens.data.images import encode_png, to_pixels
+from ens.data.images import Photo, read_photo, to_float, to_pixels, write_photo
 from ens.data.pairs import Patches, ValidationSet, load_validation_set
 from ens.data.tasks import Protocol, Task, create_task, find_protocol
 from ens.distill.blockwise import distill_library
@@ -28,21 +30,23 @@ from ens.distill.library import BUILTIN, Library, LibraryError, create_library, 
 from ens.distill.losses import TaughtLoss, l1_loss
 from ens.distill.training import Phase, Progress, start_processes, train_network
 from ens.evaluate.cost import CostTable, build_cost_table, count_cost
+from ens.evaluate.crops import draw_crops
 from ens.evaluate.evaluator import Evaluator, evaluate_restorer
-from ens.evaluate.metrics import Score, score_input, score_psnr_db
+from ens.evaluate.metrics import Score, score_input
 from ens.export.formats import export_onnx, write_card
 from ens.export.hybrid import build_hybrid, load_hybrid, read_facts, save_hybrid
 from ens.networks import create_network
-from ens.networks.checkpoints import hash_weights, load_checkpoint, save_checkpoint
-from ens.networks.steps import Network, block_slots, create_filling
-from ens.pareto.archive import Archive, open_archive, read_archive
+from ens.networks.checkpoints import load_checkpoint, save_checkpoint
+from ens.networks.slots import build_space
+from ens.networks.steps import Network, create_filling
+from ens.pareto.archive import Archive, acquire_lock, open_archive, read_archive
 from ens.pareto.report import write_csv, write_markdown, write_png, write_report
 from ens.pareto.selection import Front, pick_genotype, select_front
 from ens.runtime.session import open_session
 from ens.search import create_engine
 from ens.search.loop import run_search
 from ens.search.objectives import add_objectives, reference_point
-from ens.space import Choice, Genotype, Measurement, SearchSpace, Slot, format_genotype
+from ens.space import Choice, Genotype, Measurement, SearchSpace, format_genotype
 
 
 class Interrupted(RuntimeError):
@@ -63,10 +67,10 @@ QUIET = Control()
 
 def train(study: StudyConfig, out: Path, control: Control = QUIET) -> Network:
     """Bring the teacher: the study's own (checkpoint or `builtin:NAME`), or train one from scratch into `teacher/`."""
-    if study.teacher.startswith(BUILTIN):
-        return open_library(study.teacher).load_teacher()
+    _hold(out)
+    save_run(out, study)
     if study.teacher:
-        return load_checkpoint(study.teacher)
+        return _open_teacher(study)
     path = out / "teacher" / "teacher.safetensors"
     if path.exists():
         control.say(f"train: skipped, {path} is there")
@@ -84,10 +88,10 @@ def train(study: StudyConfig, out: Path, control: Control = QUIET) -> Network:
 
 def distill(study: StudyConfig, out: Path, control: Control = QUIET) -> Library:
     """Align every surrogate of the space with its slot of the teacher; returns the library."""
-    teacher = train(study, out, control)
-    space = build_space(study, teacher)
+    library = _open_library(study, out, train(study, out, control))
+    teacher = library.load_teacher()
+    space = read_space(study, teacher)
     jobs = [(teacher.slot(slot.name), choice) for slot in space.slots for choice in slot.choices[1:]]
-    library = _open_library(study, out, teacher)
     missing = sum(not library.has(spec.name, choice) for spec, choice in jobs)
     if not missing:
         control.say(f"distill: skipped, all {len(jobs)} surrogates are in {library.root.name}")
@@ -148,7 +152,7 @@ def pareto(out: Path, control: Control = QUIET, *, storage: str = "") -> tuple[F
     study = open_run(out)
     library = _open_library(study, out, None)
     teacher = library.load_teacher()
-    space = build_space(study, teacher)
+    space = read_space(study, teacher)
     archive = read_archive(storage or out / "archive.db")
     measurements = archive.measurements()
     front = select_front(measurements, archive.objectives)
@@ -161,7 +165,9 @@ def pareto(out: Path, control: Control = QUIET, *, storage: str = "") -> tuple[F
              "seed": str(manifest["seed"]), "teacher": f"{manifest['teacher_psnr_db']:.2f} dB",
              "library": manifest["library"][:12]}
     write_report(out / "report.html", title=title, space=space, measurements=measurements, front=front,
-                 reference=manifest["reference"], facts=facts, crops=_draw_crops(study, library, space, front))
+                 reference=manifest["reference"], facts=facts,
+                 crops=draw_crops(_chosen(teacher, space, library, front), _validation(study, teacher),
+                                  _task(study).protocol))
     control.say(f"pareto: wrote front.csv, front.md, front.png and report.html to {out}")
     return front, space, archive
 
@@ -172,6 +178,7 @@ def finetune(out: Path, pick: str = "knee", control: Control = QUIET, *, storage
     The PSNR before and after, on the run's validation images, is recorded in the file.
     """
     study = open_run(out)
+    _hold(out)
     library = _open_library(study, out, None)
     teacher, space, genotype = _picked(study, out, library, pick, storage)
     path = out / "finetune" / f"{format_genotype(genotype)}.safetensors"
@@ -202,6 +209,7 @@ def export(out: Path, pick: str = "knee", control: Control = QUIET, *, storage: 
     Returns the ONNX file, which appears only after ONNX Runtime has reproduced it.
     """
     study = open_run(out)
+    _hold(out)
     library = _open_library(study, out, None)
     teacher, space, genotype = _picked(study, out, library, pick, storage)
     name = format_genotype(genotype)
@@ -217,6 +225,14 @@ def export(out: Path, pick: str = "knee", control: Control = QUIET, *, storage: 
     write_card(target.with_suffix(".yaml"), {**facts, "onnx_relative_error": f"{parity:.1e}"}, model=target.name)
     control.say(f"export: {target} agrees with PyTorch to {parity:.1e}")
     return target
+
+
+def degrade(source: Path, target: Path, task: Task) -> Photo:
+    """Write the degraded version of one clean photo as the task's validation would have it; returns it as written."""
+    clean = task.prepare(to_float(read_photo(source).pixels))
+    photo = Photo(to_pixels(task.degrade_for_validation(clean, 0).clip(0, 1)))
+    write_photo(target, photo)
+    return photo
 
 
 @dataclass(frozen=True)
@@ -257,7 +273,6 @@ def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET,
 
 def run(study: StudyConfig, out: Path, control: Control = QUIET, *, pick: str = "knee", storage: str = "") -> Path:
     """Whatever is still missing, in order: train, distill, search, pareto, finetune, export; returns the ONNX file."""
-    save_run(out, study)
     search(study, out, control, storage=storage)
     front, space, _ = pareto(out, control, storage=storage)
     genotype = format_genotype(pick_genotype(pick, front=front, space=space))
@@ -280,31 +295,17 @@ class SpaceSummary:
 
 def summarise_space(study: StudyConfig) -> SpaceSummary:
     """Slots, choices and cost range of a study, without any weights where it names no teacher."""
-    if study.teacher:
-        teacher = train(study, Path())
-    else:
-        teacher = _create_network(study)
-    space = build_space(study, teacher)
+    teacher = _open_teacher(study) if study.teacher else _create_network(study)
+    space = read_space(study, teacher)
     costs = _cost_table(teacher, space)
     return SpaceSummary(space, costs.range("params"), costs.range("macs"))
 
 
-def build_space(study: StudyConfig, teacher: Network) -> SearchSpace:
-    """The search space of a study on this teacher; slots in execution order, the teacher's choice first."""
-    specs = list(teacher.slots) if study.granularity == "stage" else block_slots(teacher.slots)
-    known = {spec.name: spec for spec in (*teacher.slots, *block_slots(teacher.slots))}
-    for name in study.slots:
-        if name not in known:
-            raise ConfigError(f"{study.name}: no slot {name!r}; the network has {', '.join(known)}")
-    entries = {name: choices for name, choices in study.slots.items()} or {spec.name: study.choices for spec in specs}
-    order = {name: index for index, name in enumerate(known)}
-    slots = []
-    for name in sorted(entries, key=lambda name: (teacher.slot_step(name), order[name])):
-        spec = known[name]
-        teacher_choice = Choice(spec.family, spec.depth, teacher=True)
-        surrogates = tuple(choice for choice in parse_choices(entries[name]) if choice.label != teacher_choice.label)
-        slots.append(Slot(name, (teacher_choice, *surrogates)))
-    return SearchSpace(study.name, tuple(slots), study.penalty.teacher, study.penalty.per_block)
+def read_space(study: StudyConfig, teacher: Network) -> SearchSpace:
+    """The search space a study describes on this teacher."""
+    return build_space(study.name, teacher, granularity=study.granularity, choices=parse_choices(study.choices),
+                       slots={name: parse_choices(entries) for name, entries in study.slots.items()},
+                       penalty_teacher=study.penalty.teacher, penalty_per_block=study.penalty.per_block)
 
 
 def _create_network(study: StudyConfig) -> Network:
@@ -312,6 +313,22 @@ def _create_network(study: StudyConfig) -> Network:
     if "name" not in options:
         raise ConfigError(f"{study.name}: give `teacher`, or `network` with a name, for instance {{name: restormer}}")
     return create_network(str(options.pop("name")), **options)
+
+
+def _open_teacher(study: StudyConfig) -> Network:
+    if study.teacher.startswith(BUILTIN):
+        return open_library(study.teacher).load_teacher()
+    return load_checkpoint(study.teacher)
+
+
+_held: dict[Path, FileLock] = {}
+
+
+def _hold(out: Path) -> None:
+    """Keep other processes from writing to this run folder until this one ends; raises ArchiveLocked."""
+    if os.environ.get("RANK", "0") == "0" and out.resolve() not in _held:
+        out.mkdir(parents=True, exist_ok=True)
+        _held[out.resolve()] = acquire_lock(out / "run")
 
 
 def _task(study: StudyConfig) -> Task:
@@ -362,7 +379,7 @@ def _open_library(study: StudyConfig, out: Path, teacher: Network | None) -> Lib
     else:
         return create_library(out / "library", teacher, task=str(_task(study)), dtype=study.distill.dtype,
                               recipe=dataclasses.asdict(study.distill))
-    if teacher is not None and hash_weights(teacher) != library.teacher_sha256:
+    if teacher is not None and not library.imitates(teacher):
         raise LibraryError(f"{library.root} imitates another teacher than the one of {study.name}")
     return library
 
@@ -374,7 +391,7 @@ def _validation(study: StudyConfig, teacher: Network) -> ValidationSet:
 
 def _evaluator(study: StudyConfig, library: Library) -> tuple[Evaluator, SearchSpace, ValidationSet]:
     teacher = library.load_teacher()
-    space = build_space(study, teacher)
+    space = read_space(study, teacher)
     device = _device(study)
     fillings: list[list[nn.Module | str | None]] = []
     for slot in space.slots:
@@ -407,7 +424,7 @@ def _library_hash(library: Library, space: SearchSpace) -> str:
 def _picked(study: StudyConfig, out: Path, library: Library, pick: str,
             storage: str) -> tuple[Network, SearchSpace, Genotype]:
     teacher = library.load_teacher()
-    space = build_space(study, teacher)
+    space = read_space(study, teacher)
     archive = read_archive(storage or out / "archive.db")
     front = select_front(archive.measurements(), archive.objectives)
     return teacher, space, pick_genotype(pick, front=front, space=space)
@@ -437,29 +454,7 @@ def _facts(study: StudyConfig, library: Library, space: SearchSpace, genotype: G
             **{name: f"{value:.3f}" for name, value in figures.items()}}
 
 
-def _draw_crops(study: StudyConfig, library: Library, space: SearchSpace, front: Front, *, side: int = 128,
-                photos: int = 3) -> dict[str, list[tuple[str, bytes]]]:
-    """Rows of the report: input, teacher, knee, its two nearest and target of the first validation images."""
-    teacher = library.load_teacher()
-    images, protocol = _validation(study, teacher), _task(study).protocol
-    networks: dict[str, nn.Module] = {"teacher": teacher}
-    for index in (front.knee, *front.nearest[:2]):
-        networks[front.role(index)] = _build(teacher, space, library, front.members[index].genotype)
-    rows = {}
-    for image in images.images[:photos]:
-        row = [(f"input {score_input(image.degraded, image.clean, protocol).psnr_db:.2f} dB", image.degraded)
-               ] if image.degraded.shape == image.clean.shape else [("input", image.degraded)]
-        with torch.inference_mode():
-            outputs = {name: network(image.degraded[None])[0] for name, network in networks.items()}
-        row += [(f"{name} {score_psnr_db(output, image.clean, protocol):.2f} dB", output)
-                for name, output in outputs.items()]
-        rows[image.name] = [(caption, _png(pixels, side)) for caption, pixels in [*row, ("target", image.clean)]]
-    return rows
-
-
-def _png(image: Tensor, side: int) -> bytes:
-    """The centre of an image (C, H, W), at most `side` pixels each way."""
-    height, width = image.shape[-2:]
-    top, left = max(0, height - side) // 2, max(0, width - side) // 2
-    part = image[:, top:top + side, left:left + side].clamp(0, 1).permute(1, 2, 0)
-    return encode_png(to_pixels(part.contiguous().numpy()))
+def _chosen(teacher: Network, space: SearchSpace, library: Library, front: Front) -> dict[str, nn.Module]:
+    """The networks whose pictures the report shows: the teacher, the knee and its two nearest."""
+    return {"teacher": teacher, **{front.role(index): _build(teacher, space, library, front.members[index].genotype)
+                                   for index in (front.knee, *front.nearest[:2])}}

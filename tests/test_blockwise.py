@@ -13,6 +13,7 @@ from ens.distill.blockwise import distill_library
 from ens.distill.library import Library, LibraryError, create_library, open_library
 from ens.distill.training import ResumeMismatch
 from ens.networks import create_network
+from ens.networks.checkpoints import hash_weights
 from ens.networks.steps import Network, create_filling
 from ens.space import Choice
 
@@ -108,7 +109,9 @@ def test_a_diverging_choice_is_marked_failed_and_the_others_go_on(tmp_path: Path
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_library_round_trips_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     network = teacher()
+    original = hash_weights(network)
     library = create_library(tmp_path / "lib", network, task="t", recipe={"steps": 1}, dtype=dtype)
+    assert library.imitates(network) and library.manifest["teacher"]["source_sha256"] == original
     spec, choice = network.slot("latent"), Choice("vssd", 1, (("state", 8),))
     blocks = create_filling(spec, choice)
     library.store(spec, choice, blocks, alignment_error=0.5, macs=3, steps=1)

@@ -64,6 +64,10 @@ class Library:
     def teacher_sha256(self) -> str:
         return str(self.manifest["teacher"]["sha256"])
 
+    def imitates(self, teacher: Network) -> bool:
+        """Whether this is the teacher of the library, before or after its weights were rounded."""
+        return hash_weights(teacher) in (self.teacher_sha256, self.manifest["teacher"]["source_sha256"])
+
     @property
     def surrogates(self) -> dict[str, Surrogate]:
         """By `slot/choice`, in the order they were stored; failed ones included."""
@@ -131,13 +135,14 @@ def create_library(root: Path, teacher: Network, *, task: str, recipe: Mapping[s
     """
     if teacher.recipe is None:
         raise LibraryError("a library needs a teacher built by create_network or load_checkpoint")
+    source = hash_weights(teacher)
     round_weights(teacher, getattr(torch, dtype))
     root.mkdir(parents=True, exist_ok=True)
     save_weights(teacher, root / "teacher.safetensors", getattr(torch, dtype))
     name, options = teacher.recipe
     library = Library(root, {"format": FORMAT, "task": task, "dtype": dtype,
-                             "teacher": {"network": name, "options": options, "sha256": hash_weights(teacher)},
-                             "recipe": dict(recipe), "surrogates": {}})
+                             "teacher": {"network": name, "options": options, "sha256": hash_weights(teacher),
+                                         "source_sha256": source}, "recipe": dict(recipe), "surrogates": {}})
     library.write_manifest()
     return library
 

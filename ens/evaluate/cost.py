@@ -19,7 +19,7 @@ from ens.networks.steps import Network
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, multiply-adds of one pass (the scans' included), and bytes of activations alive at the worst moment."""
+    """Parameters, multiply-adds of one pass (the scans' included), and peak bytes of live activations."""
 
     params: int
     macs: int

@@ -17,7 +17,7 @@ from ens.blocks import create_stack
 from ens.space import Choice
 
 State = dict[str, Tensor]
-"""Running feature `x`, the padded input `image`, and skips by name. A step never changes a state, it returns a new one."""
+"""Running feature `x`, the padded input `image`, skips by name. A step never changes a state, it returns a new one."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def create_filling(spec: SlotSpec, choice: Choice) -> nn.Sequential:
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """Reflect on the right and bottom up to the next multiple; replicate where the pad is not smaller than the image."""
+    """Reflect on the right and bottom up to the next multiple; replicate where the pad is no smaller than the image."""
     height, width = image.shape[-2:]
     for axis, pad in ((-1, -width % multiple), (-2, -height % multiple)):
         if pad:

@@ -121,7 +121,7 @@ def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequenc
     path = _sqlite_path(storage)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-    lock = None if path is None else _acquire(path)
+    lock = None if path is None else acquire_lock(path)
     try:
         study = _load(storage, name=name, num_objectives=len(objectives))
         found = study.user_attrs.get(_MANIFEST)
@@ -211,8 +211,11 @@ def _sqlite_path(storage: str | Path) -> Path | None:
     return None if "://" in text else Path(text).absolute()
 
 
-def _acquire(path: Path) -> FileLock:
-    """Lock beside the file, held until close or death of the process; its text says who holds it."""
+def acquire_lock(path: Path) -> FileLock:
+    """Lock beside a file or folder, held until released or death of the process; its text says who holds it.
+
+    Raises ArchiveLocked, naming the holder, where another process has it.
+    """
     lock_path = path.with_name(path.name + ".lock")
     lock = FileLock(lock_path, timeout=0)
     try:

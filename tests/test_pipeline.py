@@ -1,0 +1,195 @@
+"""The whole road on a tiny teacher: every verb, skipping, resuming, and an independent brute force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from ens import pipeline
+from ens.config import ConfigError, StudyConfig, load_study, save_run
+from ens.data.folders import find_pairs
+from ens.data.images import read_photo
+from ens.data.pairs import load_validation_set
+from ens.data.tasks import create_task
+from ens.distill.library import LibraryError, open_library
+from ens.evaluate.cost import count_cost
+from ens.evaluate.metrics import score
+from ens.export.hybrid import build_hybrid, load_hybrid, read_facts
+from ens.networks.checkpoints import load_checkpoint, save_checkpoint
+from ens.pareto.archive import read_archive
+from ens.pipeline import Control
+from ens.space import format_genotype
+
+STUDY = """
+task: {name: denoise, sigma_255: 25}
+network: {name: restormer, dim: 8, num_blocks: [1, 1, 1, 2], num_refinement_blocks: 1, heads: [1, 1, 2, 2], layer_norm: BiasFree}
+slots: {latent: [restormer×1, vssd×1], encoder_level2: [conv×1, identity×1]}
+data: {train: "builtin:photos", validation: "builtin:photos", crop_px: 32, limit: 2}
+train: {steps: 3, phases: [[0, 16, 2]]}
+distill: {steps: 3, batch_size: 2, patch_px: 16, dtype: float16}
+search: {engine: exhaustive, objectives: [psnr_drop_db, macs], budget: 9, batch_size: 4}
+finetune: {steps: 2, phases: [[0, 16, 2]], taught_weight: 0.5}
+"""
+
+
+def write_study(folder: Path) -> StudyConfig:
+    path = folder / "tiny.yaml"
+    path.write_text(STUDY, encoding="utf-8")
+    return load_study(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StudyConfig, Path, Path]]:
+    folder = tmp_path_factory.mktemp("road")
+    study = write_study(folder)
+    yield study, folder / "run", pipeline.run(study, folder / "run")
+
+
+def test_one_command_leaves_every_file(finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, onnx = finished
+    for name in ("study.yaml", "archive.db", "front.csv", "front.md", "front.png", "report.html",
+                 "teacher/teacher.safetensors", "library/manifest.json"):
+        assert (out / name).stat().st_size > 0, name
+    assert onnx.exists() and onnx.with_suffix(".safetensors").exists() and onnx.with_suffix(".yaml").exists()
+
+
+def test_exhaustive_search_equals_a_brute_force_that_shares_no_code_with_it(
+        finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, _ = finished
+    library = open_library(out / "library")
+    teacher = library.load_teacher()
+    task = create_task("denoise", {"sigma_255": 25})
+    images = load_validation_set("builtin:photos", task, crop_px=32, limit=2).images
+    space = pipeline.read_space(write_study(out), teacher)
+    measured = read_archive(out / "archive.db").known()
+    assert len(measured) == space.num_genotypes == 9
+
+    def mean_psnr(network: torch.nn.Module) -> float:
+        with torch.inference_mode():
+            return float(np.mean([score(network(image.degraded[None])[0], image.clean, task.protocol).psnr_db
+                                  for image in images]))
+
+    for genotype in space.enumerate():
+        hybrid = build_hybrid(teacher, {
+            slot.name: library.load_surrogate(teacher.slot(slot.name), choice)
+            for slot, choice in zip(space.slots, space.choices(genotype), strict=True) if not choice.teacher})
+        values = measured[genotype].values
+        assert values["psnr_drop_db"] == pytest.approx(mean_psnr(teacher) - mean_psnr(hybrid), abs=1e-9)
+        assert values["macs"] == count_cost(hybrid, (1, 3, 256, 256)).macs
+        assert values["params"] == sum(p.numel() for p in hybrid.parameters())
+
+
+def test_a_second_run_repeats_nothing_and_says_so(finished: tuple[StudyConfig, Path, Path]) -> None:
+    study, out, onnx = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} | {onnx: onnx.stat().st_mtime_ns}
+    said: list[str] = []
+    assert pipeline.run(study, out, Control(say=said.append)) == onnx
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    for verb in ("train", "distill", "search", "finetune"):
+        assert any(line.startswith(verb) and "skipped" in line for line in said), (verb, said)
+
+
+def test_the_exported_file_is_the_fine_tuned_hybrid_and_says_what_it_is(finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, onnx = finished
+    hybrid = load_hybrid(onnx.with_suffix(".safetensors"))
+    facts = read_facts(onnx.with_suffix(".safetensors"))
+    assert facts["genotype"] == onnx.stem and facts["protocol"] == "denoise-color-awgn"
+    assert {"psnr_db_before", "psnr_db_after", "psnr_db_teacher", "library_sha256"} <= set(facts)
+    image = torch.rand(1, 3, 40, 24)
+    expected = hybrid(image).detach().numpy()
+    got = onnxruntime.InferenceSession(str(onnx)).run(None, {"image": image.numpy()})[0]
+    assert np.linalg.norm(got - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
+def test_restore_and_evaluate_take_what_export_wrote(finished: tuple[StudyConfig, Path, Path], tmp_path: Path,
+                                                     suffix: str) -> None:
+    study, _, onnx = finished
+    model = onnx.with_suffix(suffix)
+    noisy, restored = tmp_path / "noisy.png", tmp_path / "restored.png"
+    photo = pipeline.degrade(_builtin_photo(), noisy, create_task("denoise", {"sigma_255": 25}))
+    failures = pipeline.restore(model, noisy, restored)
+    assert not failures
+    assert read_photo(restored).pixels.shape == photo.pixels.shape
+    result = pipeline.evaluate(model, "builtin:photos", create_task("denoise_s25"), crop_px=32, limit=2)
+    assert result.protocol == "denoise-color-awgn" and len(result.outputs) == 2
+    assert result.means()[2] == pytest.approx(20.2, abs=0.3)
+
+
+def _builtin_photo() -> Path:
+    return find_pairs("builtin:photos")[0].clean
+
+
+def test_an_interrupted_search_goes_on_to_the_same_archive(tmp_path: Path,
+                                                           finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, _ = finished
+    study = write_study(tmp_path)
+    for name in ("teacher", "library"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).symlink_to(out / name)
+    calls: list[int] = []
+    stop = Control(progress=lambda verb, done, total, note: calls.append(done), should_stop=lambda: len(calls) >= 3)
+    with pytest.raises(pipeline.Interrupted):
+        pipeline.search(study, tmp_path / "run", stop)
+    assert 0 < len(read_archive(tmp_path / "run" / "archive.db").measurements()) < 9
+    assert pipeline.search(study, tmp_path / "run") == read_archive(out / "archive.db").measurements()
+
+
+def test_a_run_folder_of_another_study_is_refused(finished: tuple[StudyConfig, Path, Path], tmp_path: Path) -> None:
+    _, out, _ = finished
+    other = load_study(tmp_path.parent / _copy(tmp_path), {"search": {"engine": "random"}})
+    with pytest.raises(ConfigError, match="search.engine: exhaustive there, random now"):
+        save_run(out, other)
+
+
+def _copy(folder: Path) -> str:
+    write_study(folder)
+    return f"{folder.name}/tiny.yaml"
+
+
+def test_a_given_library_must_hold_every_surrogate_and_the_same_teacher(finished: tuple[StudyConfig, Path, Path],
+                                                                        tmp_path: Path) -> None:
+    _, out, _ = finished
+    write_study(tmp_path)
+    overrides = {"library": str(out / "library"), "teacher": str(out / "teacher" / "teacher.safetensors")}
+    with pytest.raises(LibraryError, match="lacks 1 of the"):
+        pipeline.distill(load_study(tmp_path / "tiny.yaml", {**overrides, "slots": {"latent": ["vssd×1", "conv×1"]}}),
+                         tmp_path / "run")
+    torch.manual_seed(5)
+    stranger = load_checkpoint(out / "teacher" / "teacher.safetensors")
+    with torch.no_grad():
+        stranger.get_parameter("output.weight").add_(1)
+    save_checkpoint(tmp_path / "other.safetensors", stranger)
+    with pytest.raises(LibraryError, match="another teacher"):
+        pipeline.distill(load_study(tmp_path / "tiny.yaml", {**overrides, "teacher": str(tmp_path / "other.safetensors")}),
+                         tmp_path / "run2")
+
+
+def test_spaces_of_the_paper_have_its_numbers() -> None:
+    """ENS, section 6.1: 34,560 configurations, 22 surrogates."""
+    summary = pipeline.summarise_space(load_study("search_spaces/restormer_denoise.yaml"))
+    assert summary.space.num_genotypes == 34_560
+    assert summary.space.num_surrogates == 22
+    assert summary.space.penalty(summary.space.teacher) == 16.0
+    assert summary.params[0] < 26_111_668 < summary.params[1]
+
+
+def test_pick_takes_roles_and_genotypes(finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, onnx = finished
+    front, space, _ = pipeline.pareto(out)
+    assert format_genotype(front.members[front.knee].genotype) == onnx.stem
+    with pytest.raises(ValueError, match="knee"):
+        pipeline.export(out, "best")
+    assert space.teacher in {member.genotype for member in front.members} or front.members[0].values["psnr_drop_db"] < 0
+
+
+def test_asking_for_a_gpu_where_there_is_none_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    write_study(tmp_path)
+    with pytest.raises(ConfigError, match="no GPU; use auto or cpu"):
+        pipeline.train(load_study(tmp_path / "tiny.yaml", {"device": "cuda"}), tmp_path / "run")
