@@ -47,6 +47,7 @@ Study = Annotated[str, typer.Argument(metavar="SPACE.yaml", help="The study: a f
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `ens run` or `ens search` made.")]
 Pick = Annotated[str, typer.Option(help="'knee', 'near 1' to 'near 5', 'within 0.1' (dB), or a genotype like 0-2-1.")]
+Task = Annotated[str, typer.Option(help="Task with its numbers: denoise_s25, derain, deblur, sr_x4, jpeg_q10.")]
 Within = Annotated[float | None, typer.Option(help="Name the cheapest member at most this many dB below the teacher.")]
 Storage = Annotated[str, typer.Option(help="Optuna storage URL of the archive instead of RUN/archive.db.")]
 Teacher = Annotated[Path | None, typer.Option(help="Checkpoint to use as the teacher.")]
@@ -275,11 +276,47 @@ def export(run: Run, pick: Pick = "knee", storage: Storage = "") -> None:
 
 
 @app.command()
+def restore(
+    model: Annotated[Path, typer.Argument(metavar="FILE", help="Exported .onnx file, hybrid or checkpoint.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Image, or folder of images.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Image or folder to write.")],
+    tile: Annotated[int | None, typer.Option(metavar="PX", help="Work in tiles of this size.")] = None,
+    tile_overlap: Annotated[int, typer.Option(metavar="PX", help="Overlap of the tiles.")] = 32,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="Threads of the runtime.")] = None,
+) -> None:
+    """Restore an image, or every image of a folder."""
+    from ens import pipeline
+
+    with _reporting() as control:
+        failures = pipeline.restore(model, source, target, control, tile_px=tile, overlap_px=tile_overlap,
+                                    threads=threads)
+    for failure in failures:
+        _err.print(f"error: {failure}", markup=False, soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
+    _say(f"Restored: {target}")
+
+
+@app.command()
+def degrade(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Clean image.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Image to write.")],
+    task: Task,
+) -> None:
+    """Write what a task's validation would make of a clean image: something to restore."""
+    from ens import pipeline
+    from ens.data.tasks import create_task
+
+    pipeline.degrade(source, target, create_task(task))
+    _say(f"Degraded: {target}")
+
+
+@app.command()
 def evaluate(
     checkpoint: Annotated[str, typer.Option("--checkpoint", "--model", help=(
         "Checkpoint, hybrid or exported file, or builtin:NAME for a shipped teacher."))],
     data: Annotated[str, typer.Option(help="Folder of images (clean, or input/ and target/), or builtin:photos.")],
-    task: Annotated[str, typer.Option(help="Task with its numbers: denoise_s25, derain, deblur, sr_x4, jpeg_q10.")],
+    task: Task,
     protocol: Annotated[str, typer.Option(help="Evaluation protocol instead of the task's own.")] = "",
     crop: Annotated[int | None, typer.Option(metavar="PX", help="Cut this square out of the centre first.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Take the first N images.")] = None,
