@@ -1,6 +1,6 @@
 """ONNX files of networks, and the card beside them. A file appears only after ONNX Runtime has reproduced the network.
 
-Shapes: image (1, C, H, W) in [0, 1], H and W multiples of the network's `size_multiple` -> (1, C, H·upscale, W·upscale).
+Shapes: image (1, C, H, W) in [0, 1], H and W multiples of `size_multiple` -> (1, C, H·upscale, W·upscale).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import yaml
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ens.blocks.mambair import SS2D
+from ens.blocks.directions import DirectionalScan
+from ens.blocks.vimm import MambaMixer
 from ens.data.images import write_atomic
 from ens.networks.steps import Network, pad_to_multiple
 
@@ -87,9 +88,9 @@ def export_onnx(network: Network, path: str | Path, *, photo: Tensor, tolerance:
 def check_exportable(network: Network) -> None:
     """Raise ExportError naming the module where a selective scan sits: its recurrence has no ONNX form yet."""
     for name, module in network.named_modules():
-        if isinstance(module, SS2D):
-            raise ExportError(f"{name or 'the network'} is a selective scan (mambair), which cannot be exported to "
-                              "ONNX; choose a genotype without mambair, or restore with the .safetensors file")
+        if isinstance(module, DirectionalScan | MambaMixer):
+            raise ExportError(f"{name or 'the network'} is a selective scan ({type(module).__name__}), which cannot be "
+                              "exported to ONNX; choose a genotype without it, or run the .safetensors file")
 
 
 def _convert(network: Network, metadata: Mapping[str, str]) -> bytes:

@@ -147,7 +147,7 @@ def _reject_impostors(path: Path) -> None:
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(path, "is a git-lfs pointer, not the weights; fetch them with `git lfs pull`")
     if head[:14].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
-        raise CheckpointError(path, "is a web page, not weights; the download link led to a page, fetch the file itself")
+        raise CheckpointError(path, "is a web page, not weights; the link led to a page, fetch the file itself")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -186,7 +186,7 @@ def _read_pickle(path: Path) -> object:
     except pickle.UnpicklingError as error:
         if "truncated" in str(error):
             raise CheckpointError(path, "is truncated; download or copy it again") from None
-        raise CheckpointError(path, "holds Python objects beside weights, or is no checkpoint at all; it is not opened, "
+        raise CheckpointError(path, "holds Python objects beside weights, or is no checkpoint at all; it is not opened "
                                     "because that could run code. Ask for weights alone, best as safetensors") from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError) as error:
         reason = str(error).split("\n")[0]

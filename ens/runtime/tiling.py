@@ -1,0 +1,106 @@
+"""Overlapping tiles of an image, blended; padding to the size multiple, cut off again afterwards.
+
+Shapes: image (B, C, H, W) of any size -> (B, C', H·upscale, W·upscale).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ens.networks.steps import pad_to_multiple
+
+Restore = Callable[[Tensor], Tensor]
+"""Image with sides that are multiples of `size_multiple` -> restored image."""
+
+SMALLEST_TILE_PX = 64
+
+
+def restore_padded(restore: Restore, image: Tensor, *, size_multiple: int, upscale: int) -> Tensor:
+    """Pad on the right and bottom to the multiple, restore, cut back: any H and W in one piece."""
+    height, width = image.shape[-2:]
+    return restore(pad_to_multiple(image, size_multiple))[..., :height * upscale, :width * upscale]
+
+
+def restore_tiled(restore: Restore, image: Tensor, *, tile_px: int, overlap_px: int = 32, size_multiple: int = 1,
+                  upscale: int = 1) -> Tensor:
+    """Restore tiles of `tile_px` that overlap by at least `overlap_px`, with weights falling linearly to the seams.
+
+    Tiles lie on the grid of `size_multiple`, so a network that samples down sees the phase it would see in the whole
+    image; `tile_px` is rounded down to it. A tile that covers the image is the whole image. Raises ValueError for an
+    overlap that is not smaller than the tile.
+    """
+    tile = max(tile_px // size_multiple, 1) * size_multiple
+    if not 0 <= overlap_px < tile:
+        raise ValueError(f"the overlap must be at least 0 and smaller than the tile of {tile} px, got {overlap_px}")
+    height, width = image.shape[-2:]
+    padded = pad_to_multiple(image, size_multiple)
+    rows, columns = (_tile_starts(side, tile, overlap_px, size_multiple) for side in padded.shape[-2:])
+    if len(rows) == len(columns) == 1:
+        return restore(padded)[..., :height * upscale, :width * upscale]
+    total, weights = torch.zeros(0), torch.zeros(0)
+    for top in rows:
+        for left in columns:
+            part = restore(padded[..., top:top + tile, left:left + tile])
+            if not total.numel():
+                size = [side * upscale for side in padded.shape[-2:]]
+                total, weights = part.new_zeros(*part.shape[:2], *size), part.new_zeros(*size)
+            weight = (_ramp(part.shape[-2], overlap_px * upscale)[:, None]
+                      * _ramp(part.shape[-1], overlap_px * upscale)).to(part)
+            window = (slice(top * upscale, top * upscale + part.shape[-2]),
+                      slice(left * upscale, left * upscale + part.shape[-1]))
+            total[..., window[0], window[1]] += part * weight
+            weights[window] += weight
+    return (total / weights)[..., :height * upscale, :width * upscale]
+
+
+def _tile_starts(side: int, tile: int, overlap: int, multiple: int) -> list[int]:
+    """Evenly spread starts on the grid, first at 0, last ending at `side`."""
+    if side <= tile:
+        return [0]
+    stride = max((tile - overlap) // multiple, 1) * multiple
+    return [*range(0, side - tile, stride), side - tile]
+
+
+def _ramp(side: int, overlap: int) -> Tensor:
+    """1 in the middle, falling towards both ends over `overlap`; never 0, so that weights can be divided by."""
+    distance = torch.arange(1, side + 1, dtype=torch.float32)
+    distance = torch.minimum(distance, distance.flip(0))
+    return (distance / (overlap + 1)).clamp(max=1)
+
+
+def restore_within_memory(restore: Restore, image: Tensor, *, tile_px: int | None = None, overlap_px: int = 32,
+                          size_multiple: int = 1, upscale: int = 1,
+                          on_event: Callable[[str], None] | None = None) -> Tensor:
+    """Restore in one piece (`tile_px` None) or in tiles; where memory runs out, halve the tile, say so, try again.
+
+    `on_event` gets one line each time. Raises MemoryError when a tile of 64 px is still too much.
+    """
+    while True:
+        reason = ""
+        try:
+            if tile_px is None:
+                return restore_padded(restore, image, size_multiple=size_multiple, upscale=upscale)
+            return restore_tiled(restore, image, tile_px=tile_px, overlap_px=overlap_px, size_multiple=size_multiple,
+                                 upscale=upscale)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error)
+        # Outside the handler: the traceback held there keeps the tensors of the failed attempt alive.
+        tile_px = (max(image.shape[-2:]) if tile_px is None else tile_px) // 2
+        if tile_px < SMALLEST_TILE_PX:
+            raise MemoryError(f"out of memory even with tiles of {2 * tile_px} px ({reason.splitlines()[0]})")
+        overlap_px = min(overlap_px, tile_px // 2)
+        if on_event is not None:
+            on_event(f"out of memory: going on with tiles of {tile_px} px, overlapping by {overlap_px}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch on CPU and ONNX Runtime raise plain RuntimeErrors for it, told apart by their text only."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        piece in text for piece in ("can't allocate memory", "out of memory", "failed to allocate memory", "bad_alloc",
+                                    "bad allocation"))
