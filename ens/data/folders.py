@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 from ens.data.images import ImageError, Pixels, list_images, read_photo, to_float, to_pixels
 
 BUILTIN_PHOTOS = "builtin:photos"
-_PHOTO_FILES = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+# The colour photos scikit-image ships: two to tune on, three to judge by, or all of them.
+_BUILTIN = {
+    "builtin:train-photos": ("astronaut.png", "motorcycle_left.png"),
+    "builtin:validation-photos": ("chelsea.png", "coffee.png", "rocket.jpg"),
+    BUILTIN_PHOTOS: ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
+}
 _PAIR_FOLDERS = (("input", "target"), ("blur", "sharp"))
 _MAX_SHOWN = 10
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -43,11 +48,11 @@ class Pair:
 def find_pairs(folder: str | Path, *, scale: int = 1) -> list[PairPath]:
     """Images of a folder by its layout: `input/ target/` (or `blur/ sharp/`), `HR/ LR_bicubic/X4/`, or flat and clean.
 
-    `builtin:photos` are the colour photos scikit-image ships. Raises FileNotFoundError for a missing folder and
-    DataError for images without partner, the first ten listed.
+    `builtin:photos`, `builtin:train-photos` and `builtin:validation-photos` are colour photos scikit-image ships.
+    Raises FileNotFoundError for a missing folder and DataError for images without partner, the first ten listed.
     """
-    if str(folder) == BUILTIN_PHOTOS:
-        return [PairPath(path.stem, path) for path in _builtin_photos()]
+    if str(folder).startswith("builtin:"):
+        return _flat(_builtin_photos(str(folder)))
     root = Path(folder)
     for degraded, clean in _PAIR_FOLDERS:
         if scale == 1 and (root / degraded).is_dir() and (root / clean).is_dir():
@@ -63,13 +68,15 @@ def _flat(paths: Sequence[Path]) -> list[PairPath]:
     return [PairPath(path.stem, path) for path in paths]
 
 
-def _builtin_photos() -> list[Path]:
+def _builtin_photos(name: str) -> list[Path]:
+    if name not in _BUILTIN:
+        raise DataError(f"no photos {name!r}; there are {', '.join(_BUILTIN)}")
     try:
         import skimage
     except ImportError:
-        raise ModuleNotFoundError(f"{BUILTIN_PHOTOS} are the photos of scikit-image, which is not installed") from None
+        raise ModuleNotFoundError(f"{name} are the photos of scikit-image, which is not installed") from None
     folder = Path(skimage.__file__).parent / "data"
-    return [folder / name for name in _PHOTO_FILES]
+    return [folder / file for file in _BUILTIN[name]]
 
 
 def _match(clean: Sequence[Path], degraded: Sequence[Path], *, suffix: str) -> list[PairPath]:
