@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from ens.ops.native import ScanInputs, checkpoint_shape, load_kernels, scan_backward, scan_forward
+from ens.ops.native import ScanInputs, checkpoint_shape, like_output, load_kernels, scan_backward, scan_forward
 from ens.ops.scan_order import invert_order
 
 
@@ -39,31 +39,31 @@ def uses_kernel(u: Tensor) -> bool:
 
 @torch.library.custom_op("ens::selective_scan", mutates_args=())
 def scan_op(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-            delta_bias: Tensor | None, order: Tensor | None, shared: bool, delta_softplus: bool,
+            delta_bias: Tensor | None, order: Tensor | None, shared: bool, summed: bool, delta_softplus: bool,
             keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y like u, last state (B, D, N), and what the backward pass needs (empty unless `keep`)."""
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, delta_softplus)
+    """y (`like_output`), last state (B, D, N), and what the backward pass needs (empty unless `keep`)."""
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, summed, delta_softplus)
     if uses_kernel(u):
         return scan_forward(inputs, keep=keep)
     y, last = scan_chunked(inputs)
-    return torch.empty_like(u).copy_(y), last, u.new_empty(0)
+    return torch.empty_like(like_output(inputs)).copy_(y), last, u.new_empty(0)
 
 
 @scan_op.register_fake
 def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-      delta_bias: Tensor | None, order: Tensor | None, shared: bool, delta_softplus: bool,
+      delta_bias: Tensor | None, order: Tensor | None, shared: bool, summed: bool, delta_softplus: bool,
       keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, delta_softplus)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, summed, delta_softplus)
     kept = checkpoint_shape(inputs) if keep and uses_kernel(u) else (0,)
-    return torch.empty_like(u), u.new_empty(u.shape[0], *A.shape), u.new_empty(kept)
+    return torch.empty_like(like_output(inputs)), u.new_empty(u.shape[0], *A.shape), u.new_empty(kept)
 
 
 @torch.library.custom_op("ens::selective_scan_backward", mutates_args=())
 def scan_backward_op(dy: Tensor, dlast: Tensor | None, checkpoints: Tensor, u: Tensor, delta: Tensor, A: Tensor,
                      B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
-                     order: Tensor | None, shared: bool, delta_softplus: bool) -> list[Tensor]:
+                     order: Tensor | None, shared: bool, summed: bool, delta_softplus: bool) -> list[Tensor]:
     """Gradients in the order of the inputs; those of B and C as (B, G, L, N); z's is empty without z. Kernel only."""
-    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, delta_softplus)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, summed, delta_softplus)
     return list(scan_backward(inputs, checkpoints, dy, dlast))
 
 
@@ -80,19 +80,19 @@ def _(dy: Tensor, dlast: Tensor | None, checkpoints: Tensor, u: Tensor, delta: T
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.shared, ctx.delta_softplus, _ = inputs
-    ctx.save_for_backward(output[2], *tensors)
+    ctx.flags = inputs[9:12]
+    ctx.save_for_backward(output[2], *inputs[:9])
 
 
 def _backward(ctx: Any, dy: Tensor, dlast: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     checkpoints, *tensors = ctx.saved_tensors
     if uses_kernel(tensors[0]):
-        grads = scan_backward_op(dy, dlast, checkpoints, *tensors, ctx.shared, ctx.delta_softplus)
+        grads = scan_backward_op(dy, dlast, checkpoints, *tensors, *ctx.flags)
         grads[3:5] = [m.transpose(2, 3) for m in grads[3:5]]
     else:
-        grads = _chunked_gradients(ScanInputs(*tensors, ctx.shared, ctx.delta_softplus), dy, dlast)
-    kept = [None if tensor is None else grad for tensor, grad in zip(tensors[:8], grads, strict=True)]
-    return (*kept, None, None, None, None)
+        grads = _chunked_gradients(ScanInputs(*tensors, *ctx.flags), dy, dlast)
+    kept: list[Tensor | None] = [None if m is None else grad for m, grad in zip(tensors[:8], grads, strict=True)]
+    return (*kept, None, None, None, None, None)
 
 
 scan_op.register_autograd(_backward, setup_context=_setup_context)
@@ -117,16 +117,17 @@ def _count_scan_backward(dy: Any, dlast: Any, checkpoints: Any, u: Any, delta: A
 def _chunked_gradients(inputs: ScanInputs, dy: Tensor, dlast: Tensor) -> list[Tensor | None]:
     """Gradients of the chunked path by running it again: the states of one scan live at a time."""
     with torch.enable_grad():
-        leaves = [None if m is None else m.detach().requires_grad_() for m in inputs[:8]]
-        outputs = scan_chunked(ScanInputs(*leaves, *inputs[8:]))
+        leaves: list[Any] = [None if m is None else m.detach().requires_grad_() for m in inputs[:8]]
+        rest: tuple[Any, ...] = inputs[8:]
+        outputs = scan_chunked(ScanInputs(*leaves, *rest))
         given = [leaf for leaf in leaves if leaf is not None]
         grads = iter(torch.autograd.grad(outputs, given, (dy, dlast)))
     return [None if leaf is None else next(grads) for leaf in leaves]
 
 
 def scan_chunked(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """The scan in PyTorch operators: every device and float type, differentiable. y like u, last state (B, D, N)."""
-    u, delta, A, B, C, D, z, delta_bias, order, shared, delta_softplus = inputs
+    """The scan in PyTorch operators: every device and float type, differentiable. y, last state (B, D, N)."""
+    u, delta, A, B, C, D, z, delta_bias, order, shared, summed, delta_softplus = inputs
     groups = B.shape[1]
     grouped = u[:, None].expand(-1, groups, -1, -1) if shared else u.unflatten(1, (groups, -1))
     steps = delta if delta_bias is None else delta + delta_bias[:, None]
@@ -140,7 +141,7 @@ def scan_chunked(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
         y = torch.stack([y[:, g][..., invert_order(index[g])] for g in range(groups)], 1)
     if D is not None:
         y = y + grouped * D.view(groups, -1, 1)
-    y = y.sum(1) if shared else y.flatten(1, 2)
+    y = y.sum(1) if summed else y.flatten(1, 2)
     return (y if z is None else y * F.silu(z)), last
 
 
@@ -157,20 +158,21 @@ def _scan_groups(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> t
     # Padded steps have Δ = 0: the state passes them unchanged. Steps first: each step then reads one contiguous slab.
     u_, delta_ = (F.pad(m, (0, pad)).reshape(batch, groups, per_group, 1, chunks, chunk).movedim(-1, 0).contiguous()
                   for m in (u, delta))
-    B_, C_ = (F.pad(m, (0, pad)).reshape(batch, groups, 1, states, chunks, chunk).movedim(-1, 0).contiguous()
+    B_, C_ = (F.pad(m, (0, pad)).reshape(batch, groups, 1, states, chunks, chunk).movedim(-1, 0).contiguous().unbind()
               for m in (B, C))
     A_ = A.view(groups, per_group, states, 1)
-    write = delta_ * u_
     state = A.new_zeros(batch, groups, per_group, states, chunks)
+    elapsed = [torch.zeros_like(delta_[0])]
     inside = []
-    for t in range(chunk):
-        state = torch.addcmul(write[t] * B_[t], torch.exp(delta_[t] * A_), state)
-        inside.append((state * C_[t]).sum(3))
-    elapsed = delta_.cumsum(0)
+    for step, write, B_t, C_t in zip(delta_.unbind(), (delta_ * u_).unbind(), B_, C_, strict=True):
+        state = torch.addcmul(write * B_t, torch.exp(step * A_), state)
+        inside.append((state * C_t).sum(3))
+        elapsed.append(elapsed[-1] + step)
     whole = torch.exp(elapsed[-1] * A_).movedim(-1, 0).contiguous()
     entering = [torch.zeros_like(whole[0])]
-    for decay, left in zip(whole, state.movedim(-1, 0), strict=True):
+    for decay, left in zip(whole.unbind(), state.unbind(-1), strict=True):
         entering.append(decay * entering[-1] + left)
     entered = torch.stack(entering[:-1], -1)
-    y = torch.stack([part + (torch.exp(elapsed[t] * A_) * entered * C_[t]).sum(3) for t, part in enumerate(inside)], -1)
+    y = torch.stack([part + (torch.exp(since * A_) * entered * C_t).sum(3)
+                     for part, since, C_t in zip(inside, elapsed[1:], C_, strict=True)], -1)
     return y.flatten(3)[..., :length], entering[-1].flatten(1, 2)

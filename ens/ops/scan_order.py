@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def row_order(height: int, width: int) -> Tensor:
@@ -46,3 +47,40 @@ def invert_order(order: Tensor) -> Tensor:
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     return inverse
+
+
+def window_order(height: int, width: int, window: int, *, vertical: bool = False) -> Tensor:
+    """Window after window, row-major inside; `vertical`: windows column after column, column-major inside.
+
+    Windows at the right and bottom border may be cut off. Source: MambaCSR, arXiv 2408.11758 (`w8`, `c_w8`, …).
+    """
+    rows, columns = -(-height // window), -(-width // window)
+    grid = torch.arange(height * width).view(height, width)
+    if (rows * window, columns * window) != (height, width):
+        grid = F.pad(grid, (0, columns * window - width, 0, rows * window - height), value=-1)
+    grid = grid.view(rows, window, columns, window)
+    order = grid.permute(2, 0, 3, 1).reshape(-1) if vertical else grid.permute(0, 2, 1, 3).reshape(-1)
+    return order if order.numel() == height * width else order[order >= 0]
+
+
+def cross_scale_order(height: int, width: int, window: int, *, vertical: bool = False,
+                      reverse: bool = False) -> Tensor:
+    """Order over the pixels of an image and of its half-size image: each small pixel, then the four under it.
+
+    Numbers below height·width are image pixels, those above are small pixels, both row-major. The image is visited in
+    windows, in 2×2 cells inside a window, row-major at every level, or column-major where `vertical`. `reverse` turns
+    both streams round before they are interleaved, so a small pixel still precedes its four (MambaCSR, section 3.3).
+    Raises ValueError where height or width is not a multiple of the window, or the window is odd.
+    """
+    if window % 2 or height % window or width % window:
+        raise ValueError(f"height {height} and width {width} must be multiples of the window {window}, which is even")
+    half = window // 2
+    cells = torch.arange(height * width).view(height // window, half, 2, width // window, half, 2)
+    # Height and width trade places at every level. The released code keeps the outer grid's height first when it
+    # undoes the vertical orders, so it is wrong for images that are not square; an index has no such inverse.
+    fine = cells.permute(3, 0, 4, 1, 5, 2) if vertical else cells.permute(0, 3, 1, 4, 2, 5)
+    coarse = height * width + window_order(height // 2, width // 2, half, vertical=vertical)
+    fine = fine.reshape(-1)
+    if reverse:
+        fine, coarse = fine.flip(0), coarse.flip(0)
+    return torch.cat([coarse[:, None], fine.view(-1, 4)], 1).reshape(-1)

@@ -35,25 +35,27 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
 
 def selective_scan_directions(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
-                              order: Tensor) -> Tensor:
-    """Sum of G scans of one u, each in its own order, Δ with softplus: VMamba's four-direction scan without copies.
+                              order: Tensor, *, merge: bool = True) -> Tensor:
+    """G scans of one u, each in its own order, Δ with softplus: VMamba's four-direction scan without reordered copies.
 
     u (B, E, L) in pixel order, delta (B, G·E, L) direction-major, A (G·E, N), B and C (B, G, N, L), D and delta_bias
-    (G·E), order (G, L) with a permutation of the pixels in every row (`scan_order`) -> y (B, E, L). The kernel reads
-    and writes through `order`, fastest where the channels are innermost in memory (channels-last). Raises ValueError
-    for shapes that do not fit.
+    (G·E), order (G, L) with a permutation of the pixels in every row (`scan_order`) -> the sum of the scans (B, E, L),
+    or each of them (B, G·E, L) without `merge`, in pixel order. The kernel reads and writes through `order`, fastest
+    where the channels are innermost in memory (channels-last). Raises ValueError for shapes that do not fit.
     """
     if order.ndim != 2 or B.ndim != 4 or order.shape != (B.shape[1], B.shape[3]):
         raise ValueError(f"order is (G, L) and B (B, G, N, L), got {tuple(order.shape)} and {tuple(B.shape)}")
-    given = _check(u, delta, A, B, C, D, None, delta_bias, directions=order.shape[0])
+    groups = order.shape[0]
+    given = _check(u, delta, A, B, C, D, None, delta_bias, directions=groups)
     if cuda_scan(u) is None:
-        return _run(given, delta_softplus=True, order=order.to(torch.int32))[0]
+        return _run(given, delta_softplus=True, order=order.to(torch.int32), merge=merge)[0]
     ordered = [torch.stack([m[:, g][..., index] for g, index in enumerate(order)], 1) for m in
-               (u[:, None].expand(-1, order.shape[0], -1, -1), delta.unflatten(1, (order.shape[0], -1)), B, C)]
+               (u[:, None].expand(-1, groups, -1, -1), delta.unflatten(1, (groups, -1)), B, C)]
     y, _ = _run(_Inputs(ordered[0].flatten(1, 2), ordered[1].flatten(1, 2), A, ordered[2], ordered[3], D, None,
                         delta_bias), delta_softplus=True)
-    parts = y.unflatten(1, (order.shape[0], -1))
-    return torch.stack([parts[:, g][..., invert_order(index)] for g, index in enumerate(order)]).sum(0)
+    parts = y.unflatten(1, (groups, -1))
+    parts = torch.stack([parts[:, g][..., invert_order(index)] for g, index in enumerate(order)], 1)
+    return parts.sum(1) if merge else parts.flatten(1, 2)
 
 
 def selective_scan_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
@@ -121,20 +123,21 @@ def _to_state_dtype(given: _Inputs) -> _Inputs:
     return _Inputs(*(None if m is None else m.to(dtype) for m in given))  # type: ignore[arg-type]
 
 
-def _run(given: _Inputs, *, delta_softplus: bool, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(y in u's dtype, last state); with `order` the groups share u and y is their sum."""
+def _run(given: _Inputs, *, delta_softplus: bool, order: Tensor | None = None,
+         merge: bool = False) -> tuple[Tensor, Tensor]:
+    """(y in u's dtype, last state); with `order` the groups share u, and y is their sum where `merge`."""
     fused = cuda_scan(given.u)
     if fused is not None and order is None:
         return fused(*given, delta_softplus, True)
     u, delta, A, B, C, D, z, delta_bias = _to_state_dtype(given)
-    A, D, delta_bias = A.contiguous(), D if D is None else D.contiguous(), \
-        delta_bias if delta_bias is None else delta_bias.contiguous()
-    shared = order is not None
+    A = A.contiguous()
+    D, delta_bias = (m if m is None else m.contiguous() for m in (D, delta_bias))
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, order is not None, merge, delta_softplus)
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not uses_kernel(u):
-        y, last = scan_chunked(ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, delta_softplus))
+        y, last = scan_chunked(inputs)
     else:
         keep = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in given)
-        y, last, _ = scan_op(u, delta, A, B, C, D, z, delta_bias, order, shared, delta_softplus, keep)
+        y, last, _ = scan_op(*inputs, keep)
     return y.to(given.u.dtype), last
 
 
@@ -149,7 +152,7 @@ def _load_mamba_ssm() -> Callable[..., tuple[Tensor, Tensor]] | None:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError:  # also what it raises without its CUDA extension
         return None
-    return selective_scan_fn  # type: ignore[no-any-return]
+    return selective_scan_fn
 
 
 def scan_backends() -> dict[str, str]:

@@ -27,7 +27,7 @@ class _ScanCall(ctypes.Structure):
     """Mirror of ScanCall in scan.h, field by field."""
 
     _fields_ = [*((name, ctypes.c_int64) for name in (
-        "batch", "channels", "groups", "states", "length", "shared", "softplus", "threads", "lanes")),
+        "batch", "channels", "groups", "states", "length", "shared", "summed", "softplus", "threads", "lanes")),
         ("order", ctypes.c_void_p), *((name, _ScanTensor) for name in ("u", "delta", "z", "B", "C")),
         *((name, ctypes.c_void_p) for name in ("A", "D", "bias")), ("y", _ScanTensor),
         *((name, ctypes.c_void_p) for name in ("last_state", "checkpoints")),
@@ -36,8 +36,10 @@ class _ScanCall(ctypes.Structure):
 
 
 class ScanInputs(NamedTuple):
-    """u, z (B, D, L) or, `shared` by the groups, (B, D/G, L); delta (B, D, L); A (D, N); B, C (B, G, N, L);
-    D, delta_bias (D); order (G, L) int32. A, D, delta_bias and order contiguous.
+    """u, delta, z (B, D, L); A (D, N); B, C (B, G, N, L); D, delta_bias (D); order (G, L) int32.
+
+    A, D, delta_bias and order are contiguous. `shared`: u is (B, D/G, L), read by every group in its own order;
+    `summed`: so are y and z, summed over the groups.
     """
 
     u: Tensor
@@ -50,6 +52,7 @@ class ScanInputs(NamedTuple):
     delta_bias: Tensor | None
     order: Tensor | None
     shared: bool
+    summed: bool
     delta_softplus: bool
 
 
@@ -65,6 +68,11 @@ def load_kernels() -> ctypes.CDLL | None:
     return None
 
 
+def like_output(inputs: ScanInputs) -> Tensor:
+    """The input whose shape and strides y takes."""
+    return inputs.u if inputs.summed or not inputs.shared else inputs.delta
+
+
 def checkpoint_shape(inputs: ScanInputs) -> tuple[int, ...]:
     """States kept for the backward pass: one a channel and chunk."""
     batch, groups, states, length = inputs.B.shape
@@ -74,12 +82,12 @@ def checkpoint_shape(inputs: ScanInputs) -> tuple[int, ...]:
 
 
 def scan_forward(inputs: ScanInputs, *, keep: bool, lanes: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """y like u, last state (B, D, N), and checkpoints (empty unless `keep`). `lanes` 4, 8 or 16 forces a vector width.
+    """y as `like_output`, last state (B, D, N), and checkpoints for the backward pass (empty unless `keep`).
 
-    Raises MemoryError where scratch memory runs out.
+    `lanes` 4, 8 or 16 asks for a vector width (0: the widest here). Raises MemoryError without scratch memory.
     """
     batch, channels = inputs.delta.shape[:2]
-    y = torch.empty_like(inputs.u)
+    y = torch.empty_like(like_output(inputs))
     last = inputs.u.new_empty(batch, *inputs.A.shape)
     checkpoints = inputs.u.new_empty(checkpoint_shape(inputs) if keep else 0)
     call = _make_call(inputs, lanes)
@@ -134,6 +142,7 @@ def _make_call(inputs: ScanInputs, lanes: int) -> _ScanCall:
     tiles = -(-(channels // groups) // (lanes or _library().ens_scan_lanes()))
     return _ScanCall(
         batch=batch, channels=channels, groups=groups, states=states, length=length, shared=inputs.shared,
+        summed=inputs.summed,
         softplus=inputs.delta_softplus, threads=threads, lanes=lanes, splits=max(1, min(tiles, -(-threads // units))),
         u=_strided(inputs.u), delta=_strided(inputs.delta), z=_strided(inputs.z), B=_strided(inputs.B),
         C=_strided(inputs.C), order=_pointer(inputs.order), A=_pointer(inputs.A), D=_pointer(inputs.D),

@@ -1,7 +1,8 @@
 // Boundary between Python (ctypes) and the selective-scan kernel: plain pointers, strides in elements.
 //
-// B batch, D channels, G groups (channel d reads group d / (D/G)), N states, L length. With `shared`, u, y and du have
-// D/G channels: every group scans the same u in its own order and the results are summed (four-direction scans).
+// B batch, D channels, G groups (channel d reads group d / (D/G)), N states, L length. With `shared`, u and du have D/G
+// channels: every group scans the same u in its own order (four-direction scans). With `summed` too, y, z, dy and dz
+// have D/G channels: the sum over the groups.
 #pragma once
 #include <cstdint>
 
@@ -13,7 +14,7 @@ struct ScanTensor {  // (B, channels, L) for u, delta, z, y and their gradients;
 };
 
 struct ScanCall {
-    int64_t batch, channels, groups, states, length, shared, softplus, threads;
+    int64_t batch, channels, groups, states, length, shared, summed, softplus, threads;
     int64_t lanes;         // 0: widest the machine has; 16 (AVX-512), 8 (AVX2), 4 (portable)
     const int32_t* order;  // (G, L) pixel visited at each step, or null for 0, 1, 2, …
     ScanTensor u, delta, z, B, C;

@@ -48,48 +48,91 @@ INLINE vf softplus(vf x, vf* slope) {
 
 INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp2(x * -kLog2E)); }
 
+// Exchange of the off-diagonal squares of side S, for all pairs of rows S apart.
+template <int S, int... I>
+INLINE void swap_squares(vf* rows, std::integer_sequence<int, I...>) {
+    for (int64_t i = 0; i < V; ++i) {
+        if (i & S) continue;
+        const vf a = rows[i], b = rows[i + S];
+        rows[i] = __builtin_shufflevector(a, b, (I & S ? ENS_LANES + I - S : I)...);
+        rows[i + S] = __builtin_shufflevector(a, b, (I & S ? ENS_LANES + I : I + S)...);
+    }
+}
+
+template <int S>
+INLINE void transpose(vf* rows) {
+    if constexpr (S > 0) {
+        swap_squares<S>(rows, std::make_integer_sequence<int, ENS_LANES>());
+        transpose<S / 2>(rows);
+    }
+}
+
 // [step][lane] tile of channels [channel, channel + count); lanes beyond are zero.
 FN void load_tile(const ScanTensor& from, int64_t batch, int64_t channel, int64_t count, const int32_t* order,
                   int64_t start, int64_t steps, float* tile) {
     const float* base = from.data + batch * from.batch + channel * from.channel;
-    if (from.channel == 1 && count == V) {
-        for (int64_t t = 0; t < steps; ++t)
-            std::memcpy(tile + t * V, base + (order ? order[start + t] : start + t) * from.step, sizeof(vf));
+    if (from.channel == 1) {
+        for (int64_t t = 0; t < steps; ++t) {
+            const float* at = base + (order ? order[start + t] : start + t) * from.step;
+            if (count == V)
+                std::memcpy(tile + t * V, at, sizeof(vf));
+            else
+                for (int64_t lane = 0; lane < V; ++lane) tile[t * V + lane] = lane < count ? at[lane] : 0.0f;
+        }
         return;
     }
-    if (count < V) std::memset(tile, 0, steps * sizeof(vf));
-    for (int64_t lane = 0; lane < count; ++lane) {
-        const float* row = base + lane * from.channel;
-        if (order)
-            for (int64_t t = 0; t < steps; ++t) tile[t * V + lane] = row[order[start + t] * from.step];
-        else
-            for (int64_t t = 0; t < steps; ++t) tile[t * V + lane] = row[(start + t) * from.step];
-    }
+    int64_t done = 0;
+    if (!order && from.step == 1)
+        for (; done + V <= steps; done += V) {
+            vf rows[ENS_LANES] = {};
+            for (int64_t lane = 0; lane < count; ++lane)
+                std::memcpy(rows + lane, base + lane * from.channel + start + done, sizeof(vf));
+            transpose<ENS_LANES / 2>(rows);
+            for (int64_t t = 0; t < V; ++t) store(tile + (done + t) * V, rows[t]);
+        }
+    for (int64_t lane = 0; lane < V; ++lane)
+        for (int64_t t = done; t < steps; ++t)
+            tile[t * V + lane] =
+                lane < count ? base[lane * from.channel + (order ? order[start + t] : start + t) * from.step] : 0.0f;
 }
 
 // The way back; `add` sums onto what is there (directions after the first).
 FN void store_tile(const ScanTensor& to, int64_t batch, int64_t channel, int64_t count, const int32_t* order,
                    int64_t start, int64_t steps, bool add, const float* tile) {
     float* base = to.data + batch * to.batch + channel * to.channel;
-    if (to.channel == 1 && count == V) {
+    if (to.channel == 1) {
         for (int64_t t = 0; t < steps; ++t) {
             float* at = base + (order ? order[start + t] : start + t) * to.step;
-            vf value = load(tile + t * V), old;
-            if (add) {
-                std::memcpy(&old, at, sizeof old);
+            if (count == V) {
+                vf value = load(tile + t * V), old = {};
+                if (add) std::memcpy(&old, at, sizeof old);
                 value += old;
+                std::memcpy(at, &value, sizeof value);
+            } else {
+                for (int64_t lane = 0; lane < count; ++lane) at[lane] = tile[t * V + lane] + (add ? at[lane] : 0.0f);
             }
-            std::memcpy(at, &value, sizeof value);
         }
         return;
     }
-    for (int64_t lane = 0; lane < count; ++lane) {
-        float* row = base + lane * to.channel;
-        for (int64_t t = 0; t < steps; ++t) {
-            float* at = row + (order ? order[start + t] : start + t) * to.step;
+    int64_t done = 0;
+    if (!order && to.step == 1)
+        for (; done + V <= steps; done += V) {
+            vf rows[ENS_LANES];
+            for (int64_t t = 0; t < V; ++t) rows[t] = load(tile + (done + t) * V);
+            transpose<ENS_LANES / 2>(rows);
+            for (int64_t lane = 0; lane < count; ++lane) {
+                float* at = base + lane * to.channel + start + done;
+                vf old = {};
+                if (add) std::memcpy(&old, at, sizeof old);
+                rows[lane] += old;
+                std::memcpy(at, rows + lane, sizeof(vf));
+            }
+        }
+    for (int64_t lane = 0; lane < count; ++lane)
+        for (int64_t t = done; t < steps; ++t) {
+            float* at = base + lane * to.channel + (order ? order[start + t] : start + t) * to.step;
             *at = tile[t * V + lane] + (add ? *at : 0.0f);
         }
-    }
 }
 
 // [step][state] rows of B or C.
@@ -193,12 +236,12 @@ FN void forward(const ScanCall& call, const Unit& unit) {
             load_rows(call.C, unit.batch, group, states, order, start, steps, C);
             for (const Tile& tile : tiles) {
                 const int64_t channel = group * per_group + tile.channel;
-                const int64_t outer = call.shared ? tile.channel : channel;
+                const int64_t in = call.shared ? tile.channel : channel, out = call.summed ? tile.channel : channel;
                 if (call.checkpoints)
                     std::memcpy(checkpoint(call, unit.batch, start / kChunk, tile_index(call, group, tile.channel)),
                                 tile.state, states * sizeof(vf));
                 load_tile(call.delta, unit.batch, channel, tile.count, order, start, steps, delta);
-                load_tile(call.u, unit.batch, outer, tile.count, order, start, steps, u);
+                load_tile(call.u, unit.batch, in, tile.count, order, start, steps, u);
                 make_delta(call, load_channels(call.bias ? call.bias + channel : nullptr, tile.count), steps, delta,
                            nullptr);
                 forward_chunk(call, B, C, steps, delta, u, tile, y);
@@ -207,13 +250,13 @@ FN void forward(const ScanCall& call, const Unit& unit) {
                     for (int64_t t = 0; t < steps; ++t) store(y + t * V, load(y + t * V) + load(u + t * V) * skip);
                 }
                 if (call.z.data) {
-                    load_tile(call.z, unit.batch, outer, tile.count, order, start, steps, z);
+                    load_tile(call.z, unit.batch, out, tile.count, order, start, steps, z);
                     for (int64_t t = 0; t < steps; ++t) {
                         const vf gate = load(z + t * V);
                         store(y + t * V, load(y + t * V) * gate * sigmoid(gate));
                     }
                 }
-                store_tile(call.y, unit.batch, outer, tile.count, order, start, steps, group > unit.group, y);
+                store_tile(call.y, unit.batch, out, tile.count, order, start, steps, call.summed && group > unit.group, y);
             }
         }
         for (const Tile& tile : tiles)
@@ -344,33 +387,33 @@ FN void backward(const ScanCall& call, const Unit& unit) {
             std::memset(s.accC, 0, block * sizeof(float));
             for (const Tile& tile : tiles) {
                 const int64_t channel = group * per_group + tile.channel;
-                const int64_t outer = call.shared ? tile.channel : channel;
+                const int64_t in = call.shared ? tile.channel : channel, out = call.summed ? tile.channel : channel;
                 load_tile(call.delta, unit.batch, channel, tile.count, order, start, steps, s.delta);
-                load_tile(call.u, unit.batch, outer, tile.count, order, start, steps, s.u);
-                load_tile(call.dy, unit.batch, outer, tile.count, order, start, steps, s.dy);
+                load_tile(call.u, unit.batch, in, tile.count, order, start, steps, s.u);
+                load_tile(call.dy, unit.batch, out, tile.count, order, start, steps, s.dy);
                 make_delta(call, load_channels(call.bias ? call.bias + channel : nullptr, tile.count), steps, s.delta,
                            s.slope);
                 std::memcpy(s.h, checkpoint(call, unit.batch, chunk, tile_index(call, group, tile.channel)),
                             states * sizeof(vf));
                 recompute_chunk(call, steps, tile, s);
                 const vf skip = load_channels(call.D ? call.D + channel : nullptr, tile.count);
-                const bool add = group > unit.group;
+                const bool add = group > unit.group;  // only where the unit owns all groups: u is shared
                 if (call.z.data) {
-                    load_tile(call.z, unit.batch, outer, tile.count, order, start, steps, s.z);
+                    load_tile(call.z, unit.batch, out, tile.count, order, start, steps, s.z);
                     backward_gate(call, skip, steps, s);
-                    store_tile(call.dz, unit.batch, outer, tile.count, order, start, steps, add, s.dz);
+                    store_tile(call.dz, unit.batch, out, tile.count, order, start, steps, call.summed && add, s.dz);
                 }
                 backward_chunk(call, steps, skip, tile, s);
                 store_tile(call.ddelta, unit.batch, channel, tile.count, order, start, steps, false, s.slope);
-                store_tile(call.du, unit.batch, outer, tile.count, order, start, steps, add, s.du);
+                store_tile(call.du, unit.batch, in, tile.count, order, start, steps, add, s.du);
             }
             // Sums over channels, in place: V results take the room of the first vector read.
             const int64_t row = (unit.split * call.batch + unit.batch) * call.groups + group;
             for (int which = 0; which < 2; ++which) {
-                float *acc = which ? s.accC : s.accB, *out = (which ? call.dC : call.dB) + row * call.length * states;
+                float *acc = which ? s.accC : s.accB, *sums = (which ? call.dC : call.dB) + row * call.length * states;
                 for (int64_t i = 0; i < kChunk * states; i += V) store(acc + i, sum_lanes<2>(acc + i * V));
                 for (int64_t t = 0; t < steps; ++t)
-                    std::memcpy(out + (order ? order[start + t] : start + t) * states, acc + t * states,
+                    std::memcpy(sums + (order ? order[start + t] : start + t) * states, acc + t * states,
                                 states * sizeof(float));
             }
         }
