@@ -10,6 +10,7 @@ import json
 import math
 import os
 import socket
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -128,7 +129,9 @@ def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequenc
         if found is None:
             if study.get_trials(deepcopy=False):
                 raise ArchiveMismatch(f"study {name!r} in {_printed(storage)} was not recorded by ens")
-            study.set_metric_names(list(objectives))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names(list(objectives))
             study.set_user_attr(_MANIFEST, stored)
         elif found != stored:
             raise ArchiveMismatch(f"{_printed(storage)} was recorded with another configuration: "

@@ -80,6 +80,12 @@ class Ledger:
         found = list(self.unseen(rows))[:n]
         return found + self.uniform(n - len(found), beside=found, rng=rng)
 
+    def neighbours(self, genotypes: Iterable[Genotype]) -> list[Genotype]:
+        """Unseen genotypes that differ from one of `genotypes` in one slot."""
+        return list(self.unseen((*genotype[:slot], index, *genotype[slot + 1:])
+                                for genotype in genotypes for slot, size in enumerate(self.space.sizes)
+                                for index in range(size)))
+
 
 def _by_distance(start: Genotype, sizes: Sequence[int], rng: np.random.Generator) -> Iterator[Genotype]:
     """Every genotype once, `start` first, then in order of the number of slots that differ, shuffled within."""

@@ -63,7 +63,8 @@ class Nsga2Engine:
         genotypes, values = self._ledger.valid()
         front = NonDominatedSorting().do(values, only_non_dominated_front=True)
         pool = Population.new("X", np.array(genotypes), "F", values)
-        parents = RankAndCrowding().do(self._problem, pool, n_survive=max(len(front), self._min_parents))
+        parents = RankAndCrowding().do(self._problem, pool, n_survive=max(len(front), self._min_parents),
+                                       random_state=np.random.default_rng(seed))
         algorithm = NSGA2(pop_size=len(parents), n_offsprings=n, sampling=parents,
                           crossover=UniformCrossover(),
                           mutation=ChoiceRandomMutation(prob_var=1 / len(self._ledger.space.slots)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -9,6 +11,9 @@ from optuna.trial import TrialState
 
 from ens.search.ledger import Ledger
 from ens.space import Genotype
+
+# Optuna logs every new study at INFO to stderr, where progress bars live.
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def sample_unseen(ledger: Ledger, n: int, *, sampler: optuna.samplers.BaseSampler, draws: int,
@@ -18,18 +23,20 @@ def sample_unseen(ledger: Ledger, n: int, *, sampler: optuna.samplers.BaseSample
     A sampler that repeats itself is asked `draws` times; then the unseen genotype nearest to its last wish is taken.
     Fewer than `n` come back only when the space is exhausted.
     """
+    # Optuna sorts parameters by name and drops those with one choice; numbered names keep the rest in slot order.
     distributions: dict[str, BaseDistribution] = {
-        slot.name: CategoricalDistribution(tuple(range(len(slot.choices)))) for slot in ledger.space.slots}
+        f"{slot:04d}": CategoricalDistribution(tuple(range(size)))
+        for slot, size in enumerate(ledger.space.sizes) if size > 1}
     genotypes, values = ledger.valid()
     study = optuna.create_study(directions=["minimize"] * values.shape[1], sampler=sampler)
-    study.add_trials([optuna.create_trial(params=dict(zip(distributions, genotype, strict=True)),
-                                          distributions=distributions, values=row.tolist())
+    study.add_trials([optuna.create_trial(params=_params(genotype, distributions), distributions=distributions,
+                                          values=row.tolist())
                       for genotype, row in zip(genotypes, values, strict=True)])
     found: list[Genotype] = []
     while len(found) < n:
         for _ in range(draws):
             trial = study.ask(distributions)
-            wish = tuple(int(trial.params[name]) for name in distributions)
+            wish = tuple(int(trial.params.get(f"{slot:04d}", 0)) for slot in range(len(ledger.space.sizes)))
             new = next(ledger.unseen([wish], beside=found), None)
             if new is not None:
                 break
@@ -39,6 +46,10 @@ def sample_unseen(ledger: Ledger, n: int, *, sampler: optuna.samplers.BaseSample
             if new is None:
                 break
             study.add_trial(optuna.create_trial(state=TrialState.RUNNING, distributions=distributions,
-                                                params=dict(zip(distributions, new, strict=True))))
+                                                params=_params(new, distributions)))
         found.append(new)
     return found
+
+
+def _params(genotype: Genotype, distributions: Iterable[str]) -> dict[str, int]:
+    return {name: genotype[int(name)] for name in distributions}
