@@ -38,7 +38,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """End-to-end training; `phases` are [first step, patch side in px, batch size], as in progressive training."""
+    """End-to-end training; `phases` are [first step, patch side in px, batch size], as in progressive training.
+
+    The loss is (1 − taught_weight)·L1 to the clean image + taught_weight·L1 to the output of `taught_by`, a checkpoint
+    or `builtin:NAME`; a hybrid is always taught by its own teacher.
+    """
 
     steps: int = 300_000
     phases: tuple[tuple[int, int, int], ...] = ((0, 128, 8),)
@@ -48,6 +52,7 @@ class TrainConfig:
     clip_norm: float = 0.1
     ema_decay: float = 0.999
     taught_weight: float = 0.0
+    taught_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,10 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if self.granularity not in ("stage", "block"):
             raise ConfigError(f"granularity is 'stage' or 'block', got {self.granularity!r}")
+        if bool(self.train.taught_by) != bool(self.train.taught_weight):
+            raise ConfigError("train.taught_by and train.taught_weight go together: give both or neither")
+        if self.finetune.taught_by:
+            raise ConfigError("finetune.taught_by is not allowed: a hybrid is taught by its own teacher")
         if bool(self.choices) == bool(self.slots):
             raise ConfigError("give either `choices` (for every slot) or `slots` (name: choices), and not both")
 
@@ -140,6 +149,7 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         raise ConfigError(f"{path}: {error}") from None
     return dataclasses.replace(
         study, teacher=_resolve(study.teacher, path), library=_resolve(study.library, path),
+        train=dataclasses.replace(study.train, taught_by=_resolve(study.train.taught_by, path)),
         data=dataclasses.replace(study.data, train=_resolve(study.data.train, path),
                                  validation=_resolve(study.data.validation, path)))
 

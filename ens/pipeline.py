@@ -34,7 +34,7 @@ from ens.evaluate.crops import draw_crops
 from ens.evaluate.evaluator import Evaluator, evaluate_restorer
 from ens.evaluate.metrics import Score, score_input
 from ens.export.formats import export_onnx, write_card
-from ens.export.hybrid import build_hybrid, load_hybrid, read_facts, save_hybrid
+from ens.export.hybrid import build_hybrid, load_hybrid, open_network, read_facts, save_hybrid
 from ens.networks import create_network
 from ens.networks.checkpoints import load_checkpoint, save_checkpoint
 from ens.networks.slots import build_space
@@ -70,7 +70,7 @@ def train(study: StudyConfig, out: Path, control: Control = QUIET) -> Network:
     _hold(out)
     save_run(out, study)
     if study.teacher:
-        return _open_teacher(study)
+        return _open_network(study.teacher)
     path = out / "teacher" / "teacher.safetensors"
     if path.exists():
         control.say(f"train: skipped, {path} is there")
@@ -81,7 +81,11 @@ def train(study: StudyConfig, out: Path, control: Control = QUIET) -> Network:
     task = _task(study)
     patches = Patches(load_pairs(_train_folder(study), scale=task.scale, channels=network.in_channels), task,
                       seed=study.seed)
-    _fit(network, patches, study, "train", out / "teacher" / "train.pt", l1_loss, control, {"task": str(task)})
+    settings = study.train
+    loss = l1_loss if not settings.taught_by else TaughtLoss(
+        _open_network(settings.taught_by).to(_device(study)), weight=settings.taught_weight)
+    _fit(network, patches, study, "train", out / "teacher" / "train.pt", loss, control,
+         {"task": str(task), "taught": f"{settings.taught_weight} by {settings.taught_by}"})
     save_checkpoint(path, network, facts={"task": str(task), "steps": str(study.train.steps)})
     return network
 
@@ -295,7 +299,7 @@ class SpaceSummary:
 
 def summarise_space(study: StudyConfig) -> SpaceSummary:
     """Slots, choices and cost range of a study, without any weights where it names no teacher."""
-    teacher = _open_teacher(study) if study.teacher else _create_network(study)
+    teacher = _open_network(study.teacher) if study.teacher else _create_network(study)
     space = read_space(study, teacher)
     costs = _cost_table(teacher, space)
     return SpaceSummary(space, costs.range("params"), costs.range("macs"))
@@ -315,10 +319,8 @@ def _create_network(study: StudyConfig) -> Network:
     return create_network(str(options.pop("name")), **options)
 
 
-def _open_teacher(study: StudyConfig) -> Network:
-    if study.teacher.startswith(BUILTIN):
-        return open_library(study.teacher).load_teacher()
-    return load_checkpoint(study.teacher)
+def _open_network(location: str) -> Network:
+    return open_library(location).load_teacher() if location.startswith(BUILTIN) else open_network(location)
 
 
 _held: dict[Path, FileLock] = {}
