@@ -51,7 +51,7 @@ def test_two_or_three_different_objectives(names: tuple[str, ...]) -> None:
 
 
 def test_an_unknown_objective_is_told_what_exists() -> None:
-    with pytest.raises(ValueError, match="'flops' does not exist.*psnr_drop_db.*macs"):
+    with pytest.raises(ValueError, match=r"'flops' does not exist.*psnr_drop_db.*macs"):
         find_objectives(("flops", "macs"))
 
 

@@ -111,9 +111,9 @@ def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequenc
     """Create an archive, or open it to go on recording.
 
     `storage` is a file path or an Optuna storage URL, `name` the study in it. `manifest` holds, as JSON values, what
-    else must be the same when a run is resumed (seed, engine, protocol, hashes); objectives, slots and penalties are added here.
-    Raises ArchiveMismatch naming the differences, ArchiveLocked naming the process that writes to the same SQLite
-    file, ValueError for a file that is no archive. A database server takes any number of writers.
+    else must be the same when a run is resumed (seed, engine, protocol, hashes); objectives, slots and penalties are
+    added here. A database server takes any number of writers. Raises ArchiveMismatch naming the differences,
+    ArchiveLocked naming the process that writes to the same SQLite file, ValueError for a file that is no archive.
     """
     stored = json.loads(json.dumps({
         **manifest, "objectives": list(objectives), "slot_order": [slot.name for slot in space.slots],
