@@ -12,6 +12,7 @@ from ens.blocks.identity import IdentityBlock
 from ens.blocks.mambair import MambaIRBlock
 from ens.blocks.plk import PLKBlock
 from ens.blocks.restormer import RestormerBlock
+from ens.blocks.rlmb import RLMBBlock
 from ens.blocks.ssd import SSDBlock
 from ens.blocks.vimm import ViMMBlock
 from ens.blocks.vssd import VSSDBlock
@@ -24,6 +25,7 @@ FAMILIES: dict[str, type[nn.Module]] = {
     "conv": ConvBlock,
     "plk": PLKBlock,
     "vimm": ViMMBlock,
+    "rlmb": RLMBBlock,
     "identity": IdentityBlock,
 }
 
@@ -40,9 +42,10 @@ def create_stack(family: str, channels: int, depth: int, *, heads: int = 1,
                  options: Mapping[str, int | float | str | bool] | None = None) -> nn.Sequential:
     """`depth` blocks of a family in a row, as the slots of a network hold them: (B, channels, H, W) -> same.
 
-    `heads` reaches the families that have attention heads; `options` are keyword arguments of the block. The identity
-    family is one block whatever the depth. Raises KeyError for an unknown family, ValueError for a depth below 1 or an
-    unknown option; both name what is allowed.
+    `heads` reaches the families that have attention heads, the position in the row those whose blocks alternate
+    (`index`); `options` are keyword arguments of the block. The identity family is one block whatever the depth.
+    Raises KeyError for an unknown family, ValueError for a depth below 1 or an unknown option; both name what is
+    allowed.
     """
     allowed = family_options(family)
     if depth < 1:
@@ -54,4 +57,5 @@ def create_stack(family: str, channels: int, depth: int, *, heads: int = 1,
     if "heads" in allowed:
         given.setdefault("heads", heads)
     count = 1 if family == "identity" else depth
-    return nn.Sequential(*(FAMILIES[family](channels, **given) for _ in range(count)))
+    rows = [{"index": i, **given} if "index" in allowed else given for i in range(count)]
+    return nn.Sequential(*(FAMILIES[family](channels, **row) for row in rows))

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from ens.networks.dvmsr import DVMSR
+from ens.networks.mambacsr import MambaCSR
 from ens.networks.mambair_unet import MambaIRUNet
 from ens.networks.plksr import PLKSR
 from ens.networks.restormer import Restormer
@@ -16,6 +17,7 @@ NETWORKS: dict[str, type[Network]] = {
     "mambair_unet": MambaIRUNet,
     "plksr": PLKSR,
     "dvmsr": DVMSR,
+    "mambacsr": MambaCSR,
 }
 
 

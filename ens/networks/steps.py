@@ -143,9 +143,9 @@ class Network(nn.Module):
 
 
 def block_slots(stages: Sequence[SlotSpec]) -> list[SlotSpec]:
-    """Every block of these stages as a slot, in execution order; a stage that is one block itself has none."""
-    return [replace(stage, name=f"{stage.name}.{i}", module=f"{stage.module}.{i}", depth=1)
-            for stage in stages if not stage.single for i in range(stage.depth)]
+    """Every block of these stages as a slot, in execution order; a stage that is one block itself stays as it is."""
+    return [stage if stage.single else replace(stage, name=f"{stage.name}.{i}", module=f"{stage.module}.{i}", depth=1)
+            for stage in stages for i in range(stage.depth)]
 
 
 def create_filling(spec: SlotSpec, choice: Choice) -> nn.Sequential:
