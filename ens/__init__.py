@@ -7,28 +7,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ens.blocks import FAMILIES as FAMILIES
+    from ens.config import load_study as load_study
+    from ens.data.pairs import load_validation_set as load_validation_set
     from ens.data.tasks import create_task as create_task
+    from ens.distill.library import open_library as open_library
+    from ens.evaluate.evaluator import evaluate_restorer as evaluate_restorer
+    from ens.export.hybrid import build_hybrid as build_hybrid
+    from ens.export.hybrid import open_network as open_network
     from ens.networks import NETWORKS as NETWORKS
     from ens.networks import create_network as create_network
-    from ens.pareto.archive import Archive as Archive
-    from ens.space import Choice as Choice
-    from ens.space import Measurement as Measurement
+    from ens.networks.checkpoints import load_checkpoint as load_checkpoint
+    from ens.pareto.archive import read_archive as read_archive
+    from ens.pareto.selection import select_front as select_front
+    from ens.runtime.session import open_session as open_session
     from ens.space import SearchSpace as SearchSpace
-    from ens.space import Slot as Slot
+    from ens.space import parse_choice as parse_choice
 
 __version__ = "0.1.0"
 
 # PyTorch takes seconds to import; a name is looked up in its module only when somebody asks for it.
 _MODULES = {
     "FAMILIES": "ens.blocks",
-    "create_task": "ens.data.tasks",
     "NETWORKS": "ens.networks",
-    "create_network": "ens.networks",
-    "Archive": "ens.pareto.archive",
-    "Choice": "ens.space",
-    "Measurement": "ens.space",
     "SearchSpace": "ens.space",
-    "Slot": "ens.space",
+    "build_hybrid": "ens.export.hybrid",
+    "create_network": "ens.networks",
+    "create_task": "ens.data.tasks",
+    "evaluate_restorer": "ens.evaluate.evaluator",
+    "load_checkpoint": "ens.networks.checkpoints",
+    "load_study": "ens.config",
+    "load_validation_set": "ens.data.pairs",
+    "open_library": "ens.distill.library",
+    "open_network": "ens.export.hybrid",
+    "open_session": "ens.runtime.session",
+    "parse_choice": "ens.space",
+    "read_archive": "ens.pareto.archive",
+    "select_front": "ens.pareto.selection",
 }
 
 __all__ = ["__version__", *_MODULES]
