@@ -13,8 +13,8 @@ EDGE = ("restormer", "vssd", "ssd", "conv")
 
 
 def make_stack(family: str, channels: int = 32, depth: int = 1) -> nn.Sequential:
-    # This seed leaves MambaIR's only squeeze unit (32 // 30 = 1, behind a ReLU) alive.
-    torch.manual_seed(1)
+    # This seed leaves the only squeeze unit of MambaIR and MambaCSR (32 // 30 = 1, behind a ReLU) alive.
+    torch.manual_seed(2)
     return create_stack(family, channels, depth)
 
 
@@ -54,7 +54,7 @@ def test_new_block_starts_near_identity(family: str) -> None:
     assert float((make_stack(family)(x).detach() - x).norm() / x.norm()) < 0.3
 
 
-@pytest.mark.parametrize("family", ["mambair", "ssd", "vssd"])
+@pytest.mark.parametrize("family", ["mambair", "ssd", "vssd", "rlmb", "serpent"])
 def test_state_space_blocks_see_the_whole_row(family: str) -> None:
     stack, x = make_stack(family), image(3, 40).requires_grad_()
     (gradient,) = torch.autograd.grad(stack(x)[0, :, 1, 0].sum(), x)

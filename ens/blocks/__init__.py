@@ -13,7 +13,9 @@ from ens.blocks.mambair import MambaIRBlock
 from ens.blocks.plk import PLKBlock
 from ens.blocks.restormer import RestormerBlock
 from ens.blocks.rlmb import RLMBBlock
+from ens.blocks.serpent import SerpentBlock
 from ens.blocks.ssd import SSDBlock
+from ens.blocks.uformer import UformerBlock
 from ens.blocks.vimm import ViMMBlock
 from ens.blocks.vssd import VSSDBlock
 
@@ -26,6 +28,8 @@ FAMILIES: dict[str, type[nn.Module]] = {
     "plk": PLKBlock,
     "vimm": ViMMBlock,
     "rlmb": RLMBBlock,
+    "serpent": SerpentBlock,
+    "uformer": UformerBlock,
     "identity": IdentityBlock,
 }
 

@@ -60,7 +60,7 @@ class WindowScan(GatedScan):
         value, gate = self.in_proj(x).split(self.inner, -1)
         value = F.silu(self.conv2d(value.permute(0, 3, 1, 2)))
         value = F.pad(value, (0, -width % self.window, 0, -height % self.window))
-        order = window_order(*value.shape[2:], self.window, vertical=self.vertical).to(x.device)
+        order = window_order(value.shape[2], value.shape[3], self.window, vertical=self.vertical).to(x.device)
         parts = self.scan(value.flatten(2).contiguous(), [order, order.flip(0)])
         parts = [part.unflatten(2, value.shape[2:])[:, :, :height, :width].flatten(2) for part in parts]
         y = self.out_norm(self.gate_and_add(parts)).view(gate.shape)

@@ -10,7 +10,9 @@ from ens.networks.mambacsr import MambaCSR
 from ens.networks.mambair_unet import MambaIRUNet
 from ens.networks.plksr import PLKSR
 from ens.networks.restormer import Restormer
+from ens.networks.serpent import Serpent
 from ens.networks.steps import Network
+from ens.networks.uformer import Uformer
 
 NETWORKS: dict[str, type[Network]] = {
     "restormer": Restormer,
@@ -18,6 +20,8 @@ NETWORKS: dict[str, type[Network]] = {
     "plksr": PLKSR,
     "dvmsr": DVMSR,
     "mambacsr": MambaCSR,
+    "serpent": Serpent,
+    "uformer": Uformer,
 }
 
 
