@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -160,13 +161,22 @@ def shipped_spaces() -> list[Path]:
     return sorted((*package.glob("search_spaces/*.yaml"), *package.parent.glob("search_spaces/*.yaml")))
 
 
+def find_study(name: str) -> Path:
+    """A file, or the name of a shipped study (`demo`, `search_spaces/demo.yaml`); raises ValueError listing those."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.stem: path for path in shipped_spaces()}
+    given = Path(name)
+    if given.parent in (Path(), Path("search_spaces")) and given.suffix in ("", ".yaml") and given.stem in shipped:
+        return shipped[given.stem]
+    raise ValueError(f"there is no study {name}; give a YAML file or one of {', '.join(shipped)}")
+
+
 def _load_study(name: str, changes: Sequence[str] | None, teacher: Path | None = None) -> StudyConfig:
     from ens.config import load_study
 
-    shipped = [path for path in shipped_spaces() if Path(name).name in (path.name, path.stem)]
-    path = Path(name) if Path(name).exists() or not shipped else shipped[0]
     overrides = parse_changes(changes or ())
-    return load_study(path, {**overrides, "teacher": str(teacher.resolve())} if teacher else overrides)
+    return load_study(find_study(name), {**overrides, "teacher": str(teacher.resolve())} if teacher else overrides)
 
 
 def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
@@ -184,8 +194,17 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
         branch = tree
         for section in sections:
             branch = branch.setdefault(section, {})
+            if not isinstance(branch, dict):
+                raise ValueError(f"--set {key}: {section} was set to {branch!r} before")
         branch[last] = value
     return tree
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        _say(f"ens {ens.__version__}")
+        raise typer.Exit
 
 
 @app.command()
@@ -221,7 +240,7 @@ def distill(study: Study, out: Out, teacher: Teacher = None, changes: Set = None
 
     with _reporting() as control:
         library = pipeline.distill(_load_study(study, changes, teacher), out, control)
-    table = Table("slot", "choice", "alignment error", "parameters")
+    table = Table("slot", "choice", "alignment error", "parameters", box=SIMPLE_HEAD)
     for item in library.surrogates.values():
         table.add_row(item.slot, item.choice, item.failed or f"{item.alignment_error:.3f}", f"{item.params:,}")
     _out.print(table)
@@ -329,7 +348,7 @@ def evaluate(
     with _reporting() as control:
         result = pipeline.evaluate(checkpoint, data, create_task(task), control, protocol=protocol, crop_px=crop,
                                    limit=limit, threads=threads)
-    table = Table("image", *(("input dB",) if result.inputs else ()), "PSNR dB", "SSIM")
+    table = Table("image", *(("input dB",) if result.inputs else ()), "PSNR dB", "SSIM", box=SIMPLE_HEAD)
     for index, (name, score) in enumerate(zip(result.names, result.outputs, strict=True)):
         before = (f"{result.inputs[index].psnr_db:.2f}",) if result.inputs else ()
         table.add_row(name, *before, f"{score.psnr_db:.2f}", f"{score.ssim:.4f}")
@@ -347,7 +366,7 @@ def spaces(studies: Annotated[list[str] | None, typer.Argument(
     from ens.pareto.selection import format_value
     from ens.pipeline import summarise_space
 
-    table = Table("space", "slots", "choices", "genotypes", "surrogates", "parameters", "MACs at 256²")
+    table = Table("space", "slots", "choices", "genotypes", "surrogates", "parameters", "MACs at 256²", box=SIMPLE_HEAD)
     for name in studies or map(str, shipped_spaces()):
         summary = summarise_space(_load_study(name, None))
         space, sizes = summary.space, summary.space.sizes
@@ -359,12 +378,36 @@ def spaces(studies: Annotated[list[str] | None, typer.Argument(
     _out.print(table)
 
 
+@app.command()
+def info() -> None:
+    """What this installation has: versions, devices, scan kernels, and every name a study may use."""
+    import onnxruntime
+    import torch
+
+    from ens.data.tasks import PROTOCOLS, TASKS
+    from ens.ops.selective_scan import scan_backends
+    from ens.search import ENGINES
+    from ens.search.objectives import OBJECTIVES
+
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    rows = {"ens": ens.__version__, "python": sys.version.split()[0], "torch": torch.__version__,
+            "onnxruntime": onnxruntime.__version__, "threads": str(torch.get_num_threads()),
+            "GPU": ", ".join(devices) or "none",
+            **{f"scan on {device}": path for device, path in scan_backends().items()},
+            "networks": ", ".join(ens.NETWORKS), "families": ", ".join(ens.FAMILIES), "tasks": ", ".join(TASKS),
+            "protocols": ", ".join(PROTOCOLS), "engines": ", ".join(ENGINES), "objectives": ", ".join(OBJECTIVES)}
+    table = Table(box=None, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    _out.print(table)
+
+
 def _print_front(front: Front, archive: Archive) -> None:
     from ens.pareto.selection import format_value
     from ens.space import format_genotype
 
     measured = archive.measurements()
-    table = Table("", "genotype", *front.objectives, "PSNR dB")
+    table = Table("", "genotype", *front.objectives, "PSNR dB", box=SIMPLE_HEAD)
     for column in table.columns[2:]:
         column.justify = "right"
     for index, member in enumerate(front.members):

@@ -1,0 +1,151 @@
+"""The command line: one sentence and the right exit code for whatever goes wrong, and how to go on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ens import cli, pipeline
+from ens.config import StudyConfig
+from ens.pipeline import Control, Interrupted
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Runs `ens ARGUMENTS` in this process and returns its exit code."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(cli, "_stop", cli.Stop())
+        monkeypatch.setattr(sys, "argv", ["ens", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return int(stopped.value.code or 0)
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def failing_search(error: Exception) -> Callable[..., None]:
+    def search(study: StudyConfig, out: Path, control: Control, *, storage: str) -> None:
+        raise error
+    return search
+
+
+@pytest.mark.parametrize(("error", "code", "words"), [
+    (ValueError("slot latent allows 0 to 3, got 9"), 1, "error: slot latent allows 0 to 3, got 9\n"),
+    (KeyError("no slot 'x'; stages: latent"), 1, "error: no slot 'x'; stages: latent\n"),
+    (ValueError("two\n  lines"), 1, "error: two lines\n"),
+    (AssertionError("never"), 1, "error: unexpected AssertionError: never; ENS_TRACEBACK=1 shows where"),
+    (OSError(errno.ENOSPC, "No space left on device"), 74, "ens search demo --out x"),
+    (OSError("genotype 0-1 could not be stored: (sqlite3.OperationalError) database or disk is full"), 74, "disk"),
+])
+def test_an_error_is_one_sentence_and_an_exit_code(
+        run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        error: Exception, code: int, words: str) -> None:
+    monkeypatch.setattr(pipeline, "search", failing_search(error))
+    assert run_cli("search", "demo", "--out", "x") == code
+    output = capsys.readouterr()
+    assert words in output.err and output.err.count("\n") == 1 and not output.out
+
+
+def test_a_wrapped_disk_error_is_still_one() -> None:
+    try:
+        try:
+            raise OSError(errno.EROFS, "Read-only file system")
+        except OSError as error:
+            raise RuntimeError("could not save") from error
+    except RuntimeError as wrapped:
+        assert cli.is_disk_error(wrapped)
+    assert not cli.is_disk_error(FileNotFoundError(errno.ENOENT, "No such file"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_step_finish_and_prints_how_to_go_on(
+        run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        number: signal.Signals, code: int) -> None:
+    finished = []
+
+    def search(study: StudyConfig, out: Path, control: Control, *, storage: str) -> None:
+        assert not control.should_stop()
+        os.kill(os.getpid(), number)
+        finished.append("step")
+        if control.should_stop():
+            raise Interrupted("search")
+
+    monkeypatch.setattr(pipeline, "search", search)
+    assert run_cli("search", "demo", "--out", "a b") == code
+    assert finished == ["step"]
+    assert "ens search demo --out 'a b'" in capsys.readouterr().err
+
+
+def test_a_second_signal_and_one_nobody_waits_for_stop_at_once(
+        run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stubborn(study: StudyConfig, out: Path, control: Control, *, storage: str) -> None:
+        control.should_stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still running")
+
+    def deaf(study: StudyConfig, out: Path, control: Control, *, storage: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("still running")
+
+    for search, code in ((stubborn, 130), (deaf, 143)):
+        monkeypatch.setattr(pipeline, "search", search)
+        assert run_cli("search", "demo", "--out", "x") == code
+
+
+def test_changes_reach_the_study(run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[StudyConfig] = []
+
+    def search(study: StudyConfig, out: Path, control: Control, *, storage: str) -> list[object]:
+        seen.append(study)
+        return []
+
+    monkeypatch.setattr(pipeline, "search", search)
+    assert run_cli("search", "search_spaces/demo.yaml", "--out", "x", "--set", "search.budget=7", "--set",
+                   "task.sigma_255=[0, 50]") == 0
+    assert seen[0].search.budget == 7 and seen[0].task["sigma_255"] == [0, 50] and seen[0].search.engine == "nsga2"
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("search", "nowhere.yaml", "--out", "x"), "one of demo"),
+    (("search", "other/demo.yaml", "--out", "x"), "there is no study other/demo.yaml"),
+    (("search", "demo", "--out", "x", "--set", "search.budgt=7"), "the nearest is search.budget"),
+    (("search", "demo", "--out", "x", "--set", "budget"), "KEY=VALUE"),
+    (("search", "demo", "--out", "x", "--set", "seed=1", "--set", "seed.x=1"), "seed was set to 1"),
+    (("pareto", "no/run"), "not a run folder"),
+    (("evaluate", "--checkpoint", "x.onnx", "--data", "d", "--task", "dehaze"), "no task 'dehaze'"),
+])
+def test_wrong_input_names_what_is_allowed(run_cli: Callable[..., int], capsys: pytest.CaptureFixture[str],
+                                           arguments: tuple[str, ...], words: str) -> None:
+    assert run_cli(*arguments) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_missing_option_is_a_usage_error(run_cli: Callable[..., int]) -> None:
+    assert run_cli("search", "demo") == 2
+
+
+def test_info_names_everything_a_study_may_use(run_cli: Callable[..., int],
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("info") == 0
+    output = " ".join(capsys.readouterr().out.split())
+    for name in ("restormer", "vssd", "denoise", "nsga2", "psnr_drop_db", "denoise-color-awgn"):
+        assert name in output
+
+
+def test_help_answers_without_loading_pytorch() -> None:
+    code = "import sys\nfrom ens.cli import app\ntry: app(['--help'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=Path(__file__).resolve().parents[1])
+    assert done.stdout.rstrip().endswith("False")
