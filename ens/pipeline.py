@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ens.config import ConfigError, StudyConfig, open_run, parse_choices, save_run
 from ens.data.folders import load_pairs
-from ens.data.images import Photo, read_photo, to_float, to_pixels, write_photo
+from ens.data.images import ImageError, Photo, read_photo, to_float, to_pixels, write_photo
 from ens.data.pairs import Patches, ValidationSet, load_validation_set
 from ens.data.tasks import Protocol, Task, create_task, find_protocol
 from ens.distill.blockwise import distill_library
@@ -42,7 +42,7 @@ from ens.networks.steps import Network, create_filling
 from ens.pareto.archive import Archive, acquire_lock, open_archive, read_archive
 from ens.pareto.report import write_csv, write_markdown, write_png, write_report
 from ens.pareto.selection import Front, pick_genotype, select_front
-from ens.runtime.session import open_session
+from ens.runtime.session import open_session, restore_files
 from ens.search import create_engine
 from ens.search.loop import run_search
 from ens.search.objectives import add_objectives, reference_point
@@ -237,6 +237,14 @@ def degrade(source: Path, target: Path, task: Task) -> Photo:
     photo = Photo(to_pixels(task.degrade_for_validation(clean, 0).clip(0, 1)))
     write_photo(target, photo)
     return photo
+
+
+def restore(model: Path | str, source: Path, target: Path, control: Control = QUIET, *, tile_px: int | None = None,
+            overlap_px: int = 32, threads: int | None = None) -> list[ImageError]:
+    """Restore an image, or every image of a folder, with any file that holds a network; returns the failed ones."""
+    return restore_files(open_session(model, threads=threads), source, target, tile_px=tile_px, overlap_px=overlap_px,
+                         on_event=control.say,
+                         on_progress=lambda done, total, name: control.progress("restore", done, total, name))
 
 
 @dataclass(frozen=True)
