@@ -13,7 +13,7 @@ import numpy as np
 Genotype = tuple[int, ...]
 """One choice index per slot, in slot order; index 0 of every slot is the teacher's own stage or block."""
 
-_LABEL = re.compile(r"^\s*(?P<family>[a-z][a-z0-9_]*)\s*[×x*]\s*(?P<depth>\d+)\s*$")
+_LABEL = re.compile(r"^\s*(?P<family>[a-z][a-z0-9_]*)\s*[×x*]\s*(?P<depth>\d+)\s*(?:\((?P<options>[^()]+)\))?\s*$")
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,26 @@ class Choice:
 
 
 def parse_choice(text: str) -> Choice:
-    """Read `family×depth` (also `family x depth`); raises ValueError with the form that is allowed."""
+    """Read a label: `family×depth` (also `family x depth`), options in brackets: `vssd×1(state=16)`.
+
+    Raises ValueError with the form that is allowed.
+    """
     match = _LABEL.match(text)
     if match is None:
-        raise ValueError(f"choice {text!r} is not understood; write family×depth, for instance mambair×2")
-    return Choice(match["family"], int(match["depth"]))
+        raise ValueError(f"choice {text!r} is not understood; write family×depth, for instance mambair×2 or "
+                         "vssd×1(state=16)")
+    pairs = [pair.partition("=") for pair in (match["options"] or "").split(",") if pair.strip()]
+    return Choice(match["family"], int(match["depth"]),
+                  tuple(sorted((key.strip(), _read_option(value.strip())) for key, _, value in pairs)))
+
+
+def _read_option(text: str) -> int | float | str | bool:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"True": True, "False": False}.get(text, text)
 
 
 @dataclass(frozen=True)

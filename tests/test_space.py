@@ -15,7 +15,8 @@ SPACE = SearchSpace("s", (Slot("a", (TEACHER, Choice("vssd", 2), Choice("vssd", 
 def test_labels_are_read_back() -> None:
     for text in ("mambair×2", "mambair*2", " mambair x 2 "):
         assert parse_choice(text) == Choice("mambair", 2)
-    assert parse_choice(Choice("vssd", 3).label) == Choice("vssd", 3)
+    for choice in (Choice("vssd", 3), Choice("vssd", 1, (("gated", True), ("scale", 0.5), ("state", 16)))):
+        assert parse_choice(choice.label) == choice
 
 
 @pytest.mark.parametrize("text", ["", "mambair", "×2", "Mamba×2", "mambair×-1", "mambair×2×3"])
