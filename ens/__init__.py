@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ens.networks import NETWORKS as NETWORKS
     from ens.networks import create_network as create_network
     from ens.networks.checkpoints import load_checkpoint as load_checkpoint
+    from ens.networks.wrap import wrap_network as wrap_network
     from ens.pareto.archive import read_archive as read_archive
     from ens.pareto.selection import select_front as select_front
     from ens.runtime.session import open_session as open_session
@@ -43,6 +44,7 @@ _MODULES = {
     "parse_choice": "ens.space",
     "read_archive": "ens.pareto.archive",
     "select_front": "ens.pareto.selection",
+    "wrap_network": "ens.networks.wrap",
 }
 
 __all__ = ["__version__", *_MODULES]

@@ -13,6 +13,7 @@ from ens.networks.restormer import Restormer
 from ens.networks.serpent import Serpent
 from ens.networks.steps import Network
 from ens.networks.uformer import Uformer
+from ens.networks.wrap import WrappedNetwork
 
 NETWORKS: dict[str, type[Network]] = {
     "restormer": Restormer,
@@ -22,6 +23,7 @@ NETWORKS: dict[str, type[Network]] = {
     "mambacsr": MambaCSR,
     "serpent": Serpent,
     "uformer": Uformer,
+    "wrapped": WrappedNetwork,
 }
 
 

@@ -1,0 +1,105 @@
+"""A user's own nn.Module as a Network: name its submodules that keep their shape, and the whole road works on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ens.networks.steps import Network, SlotSpec, Step
+
+_WRAPPED: dict[str, WrappedNetwork] = {}
+
+
+class WrappedNetwork(Network):
+    """A copy of what `wrap_network` was given under this name in this process.
+
+    Files hold weights and this name, never code: a program that opens them wraps the module first. Raises ValueError
+    for a name nothing was wrapped under.
+    """
+
+    def __init__(self, *, wrapped_as: str) -> None:
+        super().__init__()
+        if wrapped_as not in _WRAPPED:
+            raise ValueError(f"no module is wrapped as {wrapped_as!r} in this program (there is "
+                             f"{', '.join(_WRAPPED) or 'none'}); call wrap_network with it before its files are opened")
+        original = _WRAPPED[wrapped_as]
+        self.wrapped: nn.Module = copy.deepcopy(original.wrapped)
+        self.steps, self.slots, self.size_multiple = original.steps, original.slots, original.size_multiple
+        self.upscale, self.in_channels = original.upscale, original.in_channels
+        self.recipe = ("wrapped", {"wrapped_as": wrapped_as})
+
+
+def wrap_network(module: nn.Module, *, slots: Sequence[str], name: str, in_channels: int = 3, upscale: int = 1,
+                 size_multiple: int = 1, probe_px: int = 64) -> WrappedNetwork:
+    """Turn a module (B, in_channels, H, W) -> (B, in_channels, sH, sW) into a network with slots.
+
+    `slots` are dotted names of submodules, each called once a pass with one (B, C, H, W) tensor and returning that
+    shape; their channels and scale are found by one pass over a `probe_px` image. `name` stands in the files a run
+    writes. H and W of what the module sees are multiples of `size_multiple`. The module is copied. A plain
+    nn.Sequential runs child by child, so a search shares prefixes; any other module runs as a whole. Raises
+    ValueError saying which slot does not fit.
+    """
+    network = WrappedNetwork.__new__(WrappedNetwork)
+    nn.Module.__init__(network)
+    network.wrapped = copy.deepcopy(module)
+    network.in_channels, network.upscale, network.size_multiple = in_channels, upscale, size_multiple
+    network.steps = (Step("wrapped"),)
+    if type(module) is nn.Sequential:
+        # named_children would leave out a child that stands in the row twice.
+        network.steps = tuple(Step(f"wrapped.{child}") for child in module._modules)
+    network.slots = _probe_slots(network, slots, probe_px)
+    _WRAPPED[name] = network
+    return WrappedNetwork(wrapped_as=name)
+
+
+def _probe_slots(network: WrappedNetwork, names: Sequence[str], probe_px: int) -> tuple[SlotSpec, ...]:
+    """Slots in the order in which one pass calls them."""
+    known = dict(network.wrapped.named_modules())
+    unknown = [name for name in names if name not in known or not name]
+    if unknown or not names:
+        raise ValueError(f"slots {unknown or 'are empty'}: the module has {', '.join(filter(None, known))}")
+    image = torch.zeros(1, network.in_channels, probe_px, probe_px)
+    calls = _record_calls(network, image, {name: known[name] for name in names})
+    found = {name: [shapes for called, shapes in calls if called == name] for name in names}
+    for name, passes in found.items():
+        if len(passes) != 1:
+            raise ValueError(f"slot {name!r} is called {len(passes)} times in a pass; it must be called once")
+        given, returned = passes[0]
+        if given != returned or len(given) != 4 or probe_px % given[2] or probe_px % given[3]:
+            raise ValueError(f"slot {name!r} maps {given} to {returned}; it must keep a (B, C, H, W) shape whose sides "
+                             f"divide {probe_px}")
+    return tuple(SlotSpec(name, f"wrapped.{name}", given[1], probe_px // given[2], 1, "own", single=True)
+                 for name, (given, _) in calls)
+
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _record_calls(network: Network, image: Tensor, modules: dict[str, nn.Module]) -> list[tuple[str, Shapes]]:
+    """(name, shapes of input and output) of every call of these modules, in order; checks the network's output too."""
+    calls: list[tuple[str, Shapes]] = []
+
+    def record(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            given = inputs[0] if len(inputs) == 1 else None
+            calls.append((name, (tuple(given.shape) if isinstance(given, Tensor) else (),
+                                 tuple(output.shape) if isinstance(output, Tensor) else ())))
+        return hook
+
+    handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
+    training = network.training
+    try:
+        with torch.no_grad():
+            output = network.eval().restore(image)
+    finally:
+        network.train(training)
+        for handle in handles:
+            handle.remove()
+    side = image.shape[-1] * network.upscale
+    if output.shape[-2:] != (side, side):
+        raise ValueError(f"with upscale {network.upscale} the module must return {side}×{side} pixels for "
+                         f"{image.shape[-2]}×{image.shape[-1]}, got {tuple(output.shape)}")
+    return calls
