@@ -19,6 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ens.ops.native import ScanInputs, checkpoint_shape, like_output, load_kernels, scan_backward, scan_forward
 from ens.ops.scan_order import invert_order
 
+HAS_KERNEL = load_kernels() is not None
+
 
 @functools.cache
 def _warn_about_the_slow_path() -> None:
@@ -28,13 +30,8 @@ def _warn_about_the_slow_path() -> None:
 
 
 def uses_kernel(u: Tensor) -> bool:
-    """Whether a scan of u runs in the native kernel: float32 on the CPU, kernel built. Says so once where it is not."""
-    if u.device.type not in ("cpu", "meta") or u.dtype != torch.float32:
-        return False
-    if load_kernels() is None:
-        _warn_about_the_slow_path()
-        return False
-    return True
+    """Whether a scan of u runs in the native kernel: float32 on the CPU, kernel built."""
+    return HAS_KERNEL and u.device.type in ("cpu", "meta") and u.dtype == torch.float32
 
 
 @torch.library.custom_op("ens::selective_scan", mutates_args=())
@@ -45,6 +42,8 @@ def scan_op(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, summed, delta_softplus)
     if uses_kernel(u):
         return scan_forward(inputs, keep=keep)
+    if u.device.type == "cpu" and u.dtype == torch.float32:
+        _warn_about_the_slow_path()
     y, last = scan_chunked(inputs)
     return torch.empty_like(like_output(inputs)).copy_(y), last, u.new_empty(0)
 
@@ -69,7 +68,7 @@ def scan_backward_op(dy: Tensor, dlast: Tensor | None, checkpoints: Tensor, u: T
 
 @scan_backward_op.register_fake
 def _(dy: Tensor, dlast: Tensor | None, checkpoints: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-      D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, order: Tensor | None, shared: bool,
+      D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, order: Tensor | None, shared: bool, summed: bool,
       delta_softplus: bool) -> list[Tensor]:
     batch, groups, states, length = B.shape
     dB, dC = (u.new_empty(batch, groups, length, states) for _ in range(2))

@@ -1,0 +1,202 @@
+"""The operator below selective_scan: native kernel against the chunked PyTorch path, and what PyTorch sees of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import ens.ops.scan_op
+from ens.ops.native import ScanInputs, load_kernels, scan_backward, scan_forward
+from ens.ops.scan_op import scan_chunked, scan_flops
+from ens.ops.scan_order import FOUR_DIRECTIONS, scan_order
+from ens.ops.selective_scan import selective_scan, selective_scan_directions, selective_scan_loop
+
+needs_kernel = pytest.mark.skipif(load_kernels() is None, reason="the native kernel is not built: not compared")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp(min=1e-30))
+
+
+def directional(height: int = 5, width: int = 9, inner: int = 6, states: int = 4, batch: int = 2) -> dict[str, Tensor]:
+    length = height * width
+    order = torch.stack([scan_order(name, height, width) for name in FOUR_DIRECTIONS])
+    return {"u": normal(batch, inner, length), "delta": normal(batch, 4 * inner, length),
+            "A": -torch.exp(normal(4 * inner, states)), "B": normal(batch, 4, states, length, seed=1),
+            "C": normal(batch, 4, states, length, seed=2), "D": normal(4 * inner),
+            "delta_bias": normal(4 * inner, seed=1), "order": order}
+
+
+def one_after_another(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor,
+                      order: Tensor) -> Tensor:
+    """The definition: reorder, scan with the loop, put back; (B, G·E, L)."""
+    inner = u.shape[1]
+    parts = []
+    for g, index in enumerate(order):
+        rows = slice(g * inner, (g + 1) * inner)
+        scanned = selective_scan_loop(u[..., index], delta[:, rows][..., index], A[rows], B[:, g][..., index],
+                                      C[:, g][..., index], D[rows], None, delta_bias[rows], delta_softplus=True)
+        assert isinstance(scanned, Tensor)
+        parts.append(torch.zeros_like(u).index_copy(2, index, scanned))
+    return torch.cat(parts, 1)
+
+
+def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ens.ops.scan_op, "HAS_KERNEL", False)
+
+
+@pytest.fixture(params=["kernel", "chunked"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "chunked":
+        without_kernel(monkeypatch)
+    elif load_kernels() is None:
+        pytest.skip("the native kernel is not built: not compared")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield request.param
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("inner", [6, 16, 35])
+def test_directions_equal_reordering_by_hand_with_gradients(path: str, merge: bool, channels_last: bool,
+                                                            inner: int) -> None:
+    inputs = directional(inner=inner)
+    order = inputs.pop("order")
+    if channels_last:
+        inputs = {name: m.transpose(1, -1).contiguous().transpose(1, -1) if m.ndim > 2 else m
+                  for name, m in inputs.items()}
+    outputs = []
+    for scan in (selective_scan_directions, one_after_another):
+        leaves = {name: m.detach().requires_grad_() for name, m in inputs.items()}
+        y = scan(**leaves, order=order) if scan is one_after_another else scan(**leaves, order=order, merge=merge)
+        if scan is one_after_another and merge:
+            y = y.unflatten(1, (4, -1)).sum(1)
+        weight = torch.cos(torch.arange(y.numel())).view(y.shape)
+        outputs.append([y, *torch.autograd.grad((y * weight).sum(), list(leaves.values()))])
+    for name, a, b in zip(("y", *inputs), *outputs, strict=True):
+        assert error(a, b) < 1e-4, name
+
+
+@needs_kernel
+@settings(max_examples=30, deadline=None)
+@given(lanes=st.sampled_from([4, 8, 16]), length=st.sampled_from([1, 3, 63, 64, 65, 200]), batch=st.integers(1, 2),
+       per_group=st.sampled_from([1, 5, 16, 33]), groups=st.sampled_from([1, 2]),
+       states=st.sampled_from([1, 4, 16, 64]), optional=st.booleans(), softplus=st.booleans())
+def test_every_instruction_set_equals_the_chunked_path(lanes: int, length: int, batch: int, per_group: int, groups: int,
+                                                       states: int, optional: bool, softplus: bool) -> None:
+    channels = groups * per_group
+    tensors = [normal(batch, channels, length, seed=1), normal(batch, channels, length, seed=2),
+               -torch.exp(normal(channels, states)), normal(batch, groups, states, length, seed=3),
+               normal(batch, groups, states, length, seed=4), normal(channels) if optional else None,
+               normal(batch, channels, length, seed=5) if optional else None,
+               normal(channels, seed=6).abs() if optional else None]
+    if not softplus:
+        tensors[1] = tensors[1].abs()  # type: ignore[union-attr]
+    inputs = ScanInputs(*tensors, None, False, False, softplus)  # type: ignore[arg-type]
+    y, last, kept = scan_forward(inputs, keep=True, lanes=lanes)
+    dy, dlast = normal(batch, channels, length, seed=7), normal(batch, channels, states, seed=8)
+    grads = scan_backward(inputs, kept, dy, dlast, lanes=lanes)
+    leaves = [None if m is None else m.double().requires_grad_() for m in tensors]
+    truth = scan_chunked(ScanInputs(*leaves, None, False, False, softplus))  # type: ignore[arg-type]
+    present = [m for m in leaves if m is not None]
+    true_grads = torch.autograd.grad(truth, present, (dy.double(), dlast.double()))
+    assert error(y, truth[0]) < 1e-4 and error(last, truth[1]) < 1e-5
+    mine = [grad for grad, m in zip(grads, tensors, strict=True) if m is not None]
+    mine[3:5] = [m.transpose(2, 3) for m in mine[3:5]]
+    for a, b in zip(mine, true_grads, strict=True):
+        assert error(a, b) < 1e-4
+
+
+def op_arguments(*, keep: bool) -> tuple[object, ...]:
+    inputs = directional()
+    order = inputs.pop("order").to(torch.int32)
+    u, delta, A, B, C, D, bias = (m.requires_grad_() for m in inputs.values())
+    return u, delta, A, B, C, D, None, bias, order, True, True, True, keep
+
+
+@needs_kernel
+@pytest.mark.parametrize("keep", [True, False])
+def test_operator_passes_opcheck(keep: bool) -> None:
+    checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
+    torch.library.opcheck(torch.ops.ens.selective_scan, op_arguments(keep=keep), test_utils=checks)
+
+
+@needs_kernel
+@pytest.mark.slow
+def test_operator_passes_opcheck_with_dynamic_shapes_and_gradients() -> None:
+    torch.library.opcheck(torch.ops.ens.selective_scan, op_arguments(keep=True), test_utils="test_aot_dispatch_dynamic")
+
+
+@needs_kernel
+def test_compiled_scan_equals_the_eager_one() -> None:
+    inputs = directional()
+    compiled = torch.compile(selective_scan_directions, backend="aot_eager", fullgraph=True)
+    results = []
+    for scan in (selective_scan_directions, compiled):
+        leaf = inputs["u"].clone().requires_grad_()
+        y = scan(**{**inputs, "u": leaf})
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaf)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_flop_counter_sees_the_scan(path: str) -> None:
+    u, A, B = normal(2, 6, 30), -torch.ones(6, 4), normal(2, 4, 30)
+    with FlopCounterMode(display=False) as counter:
+        selective_scan(u, u.abs(), A, B, B, z=u)
+    assert counter.get_total_flops() == scan_flops(2, 6, 30, 4, gated=True) == 2 * 6 * 30 * (9 * 4 + 2)
+    meta = [m.to("meta") for m in (u, u, A, B, B)]
+    with FlopCounterMode(display=False) as counter:
+        y = selective_scan(*meta)
+    assert isinstance(y, Tensor) and y.shape == u.shape and counter.get_total_flops() == scan_flops(2, 6, 30, 4)
+
+
+def test_missing_kernel_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_kernel(monkeypatch)
+    ens.ops.scan_op._warn_about_the_slow_path.cache_clear()
+    u, A, B = normal(1, 2, 5), -torch.ones(2, 3), normal(1, 3, 5)
+    with pytest.warns(RuntimeWarning, match="compiler"):
+        selective_scan(u, u.abs(), A, B, B)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        selective_scan(u, u.abs(), A, B, B)
+
+
+@needs_kernel
+def test_threads_change_nothing_but_rounding() -> None:
+    inputs = ScanInputs(normal(1, 48, 2000), normal(1, 48, 2000).abs(), -torch.exp(normal(48, 16)),
+                        normal(1, 1, 16, 2000), normal(1, 1, 16, 2000, seed=1), None, None, None, None, False, False,
+                        False)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y, last, kept = scan_forward(inputs, keep=True)
+            results.append([y, last, *scan_backward(inputs, kept, normal(1, 48, 2000, seed=2), None)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0]) and torch.equal(results[0][1], other[1])
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU at hand: CUDA agreement was not checked")
+def test_cuda_agrees_with_the_cpu() -> None:
+    inputs = directional()
+    y = selective_scan_directions(**inputs)
+    other = selective_scan_directions(**{name: m.cuda() for name, m in inputs.items()})
+    assert error(other.cpu(), y) < 1e-4
