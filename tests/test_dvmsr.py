@@ -10,6 +10,7 @@ from torch import Tensor
 from ens.blocks import create_stack
 from ens.blocks.vimm import ViMMBlock
 from ens.networks import create_network
+from ens.networks.checkpoints import load_checkpoint
 from ens.networks.dvmsr import DVMSR, infer_options
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -92,3 +93,10 @@ def test_residual_adds_the_input() -> None:
     summed = ViMMBlock(8, residual=True)
     summed.load_state_dict(plain.state_dict())
     assert torch.allclose(summed(x), plain(x) + x)
+
+
+@needs_checkpoint
+def test_released_file_opens_with_its_ema_weights() -> None:
+    network, ramp = load_checkpoint(CHECKPOINT), torch.arange(3 * 8 * 12).view(1, 3, 8, 12)
+    with torch.no_grad():
+        assert torch.equal(network(ramp / 288), load_released("params_ema")(ramp / 288))

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ens.networks import create_network, restormer
+from ens.networks import create_network, dvmsr, mambacsr, mambair_unet, plksr, restormer
 from ens.networks.steps import Network
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
@@ -44,6 +44,15 @@ class Sniffer:
 SNIFFERS: dict[str, Sniffer] = {
     "restormer": Sniffer(("patch_embed.proj.weight", "encoder_level1.0.attn.temperature", "latent.0.ffn.dwconv.weight",
                           "refinement.0.attn.qkv.weight"), restormer.infer_options),
+    "mambair_unet": Sniffer(("patch_embed.proj.weight", "encoder_level1.0.self_attention.A_logs",
+                             "latent.0.conv_blk.cab.0.weight", "refinement.0.skip_scale2"), mambair_unet.infer_options),
+    "plksr": Sniffer(("feats.0.weight", "feats.1.channe_mixer.0.weight", "feats.1.lk.conv.weight",
+                      "feats.1.refine.weight"), plksr.infer_options),
+    "dvmsr": Sniffer(("conv_first.weight", "layers.0.residual_group.blocks.0.mixer.A_log", "norm_f.weight",
+                      "upsample.0.weight"), dvmsr.infer_options),
+    "mambacsr": Sniffer(("conv_first.weight", "layers.0.residual_group.blocks.0.self_attention.x_proj_weight",
+                         "layers.0.residual_group.blocks.0.conv_block.cab.0.weight", "conv_last.weight"),
+                        mambacsr.infer_options),
 }
 
 # Networks people try by mistake, by a piece of a key: only for the wording of an error.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ens.blocks.mambair import MambaIRBlock
 from ens.networks.restormer import LEVELS, STAGES, WIDTHS, PatchEmbed, add_unet_resizes, unet_steps
@@ -38,3 +39,13 @@ class MambaIRUNet(Network):
                 MambaIRBlock(spec.channels, state=d_state, expand=mlp_ratio) for _ in range(spec.depth))))
         add_unet_resizes(self, dim=dim, bias=bias)
         self.output = nn.Conv2d(2 * dim, out_channels, 3, padding=1, bias=bias)
+
+
+def infer_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Constructor options of a released MambaIR-UNet from its `state_dict`; KeyError or ValueError where none fit."""
+    dim, in_channels = state["patch_embed.proj.weight"].shape[:2]
+    depths = [len({key.split(".")[1] for key in state if key.startswith(f"{stage}.")}) for stage in STAGES]
+    inner, d_state = state["encoder_level1.0.self_attention.A_logs"].shape
+    return {"in_channels": in_channels, "out_channels": state["output.weight"].shape[0], "dim": dim,
+            "num_blocks": tuple(depths[:4]), "num_refinement_blocks": depths[7], "mlp_ratio": inner / 4 / dim,
+            "d_state": d_state, "bias": "output.bias" in state}
