@@ -140,12 +140,12 @@ def restore_files(session: Session, source: str | Path, target: str | Path, *, t
     """Restore an image file, or every image of a folder into another under the same names; return the failures.
 
     A failed image leaves no output and the rest go on. `on_progress` gets (done, total, name). Raises ValueError when
-    source and target are the same, FileNotFoundError or ValueError for a folder that is absent or without images.
+    a source would be overwritten, FileNotFoundError or ValueError for a folder that is absent or without images.
     """
     source, target = Path(source), Path(target)
-    if source.resolve() == target.resolve():
-        raise ValueError(f"{source} would be overwritten; give another target")
     paths = list_images(source) if source.is_dir() else [source]
+    if target.resolve() in (source.resolve(), paths[0].parent.resolve()):
+        raise ValueError(f"{source} would be overwritten; give another target than {target}")
     into_folder = source.is_dir() or target.is_dir()
     (target if into_folder else target.parent).mkdir(parents=True, exist_ok=True)
     failures = []

@@ -26,7 +26,7 @@ def restore_padded(restore: Restore, image: Tensor, *, size_multiple: int, upsca
 
 def restore_tiled(restore: Restore, image: Tensor, *, tile_px: int, overlap_px: int = 32, size_multiple: int = 1,
                   upscale: int = 1) -> Tensor:
-    """Restore tiles of `tile_px` that overlap by at least `overlap_px`, with weights falling linearly to the seams.
+    """Restore tiles of `tile_px` that overlap by at least `overlap_px`, blended.
 
     Tiles lie on the grid of `size_multiple`, so a network that samples down sees the phase it would see in the whole
     image; `tile_px` is rounded down to it. A tile that covers the image is the whole image. Raises ValueError for an
@@ -47,8 +47,9 @@ def restore_tiled(restore: Restore, image: Tensor, *, tile_px: int, overlap_px: 
             if not total.numel():
                 size = [side * upscale for side in padded.shape[-2:]]
                 total, weights = part.new_zeros(*part.shape[:2], *size), part.new_zeros(*size)
-            weight = (_ramp(part.shape[-2], overlap_px * upscale)[:, None]
-                      * _ramp(part.shape[-1], overlap_px * upscale)).to(part)
+            weight = (_ramp(part.shape[-2], overlap_px * upscale, first=top == rows[0], last=top == rows[-1])[:, None]
+                      * _ramp(part.shape[-1], overlap_px * upscale, first=left == columns[0],
+                              last=left == columns[-1])).to(part)
             window = (slice(top * upscale, top * upscale + part.shape[-2]),
                       slice(left * upscale, left * upscale + part.shape[-1]))
             total[..., window[0], window[1]] += part * weight
@@ -64,11 +65,15 @@ def _tile_starts(side: int, tile: int, overlap: int, multiple: int) -> list[int]
     return [*range(0, side - tile, stride), side - tile]
 
 
-def _ramp(side: int, overlap: int) -> Tensor:
-    """1 in the middle, falling towards both ends over `overlap`; never 0, so that weights can be divided by."""
-    distance = torch.arange(1, side + 1, dtype=torch.float32)
-    distance = torch.minimum(distance, distance.flip(0))
-    return (distance / (overlap + 1)).clamp(max=1)
+def _ramp(side: int, overlap: int, *, first: bool, last: bool) -> Tensor:
+    """1 in the middle, falling over the middle half of `overlap` at an end where another tile goes on.
+
+    The outer quarter counts next to nothing, because a network sees the tile's edge there; not quite 0, because the
+    weights are divided by.
+    """
+    distance = torch.arange(side) + 0.5
+    fall = ((distance - overlap / 4) / max(overlap / 2, 1)).clamp(1e-6, 1)
+    return (torch.ones(side) if first else fall) * (torch.ones(side) if last else fall.flip(0))
 
 
 def restore_within_memory(restore: Restore, image: Tensor, *, tile_px: int | None = None, overlap_px: int = 32,

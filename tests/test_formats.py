@@ -1,0 +1,199 @@
+"""ONNX export: ONNX Runtime reproduces the network at every size, or there is no file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+
+from ens.blocks import FAMILIES, create_stack
+from ens.data.images import read_photo, to_float
+from ens.export.formats import ExportError, export_onnx, measure_parity, write_card
+from ens.export.hybrid import build_hybrid
+from ens.networks import create_network
+from ens.networks.steps import Network, SlotSpec, Step, create_filling
+from ens.space import Choice
+
+PHOTOS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "cbsd68"
+SCANS = ("mambair", "vimm", "rlmb")
+
+
+class OneSlot(Network):
+    """Unshuffle, one stack of blocks, shuffle: the smallest network with a size multiple."""
+
+    size_multiple = 2
+
+    def __init__(self, family: str, *, channels: int = 16, upscale: int = 1) -> None:
+        super().__init__()
+        self.upscale = upscale
+        self.steps = (Step("head"), Step("body"), Step("tail"))
+        self.slots = (SlotSpec("body", "body", channels, 2, 1, family),)
+        self.head = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, channels, 3, padding=1))
+        self.body = create_stack(family, channels, 1)
+        self.tail = nn.Sequential(nn.Conv2d(channels, 12 * upscale**2, 3, padding=1), nn.PixelShuffle(2 * upscale))
+
+
+def photo() -> Tensor:
+    """A real photo where there is one, noise of an odd size elsewhere."""
+    if not PHOTOS.is_dir():
+        return torch.rand(1, 3, 61, 83, generator=torch.Generator().manual_seed(1))
+    pixels = read_photo(sorted(PHOTOS.glob("*.*"))[0]).pixels[:121, :163]
+    return torch.from_numpy(to_float(pixels).transpose(2, 0, 1).copy())[None]
+
+
+def run(path: Path, image: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+
+
+def operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow if family == "ssd" else ())
+                                    for family in FAMILIES if family not in SCANS])
+def test_every_family_runs_in_onnx_runtime_at_sizes_never_seen(tmp_path: Path, family: str) -> None:
+    torch.manual_seed(0)
+    network = OneSlot(family).eval()
+    error = export_onnx(network, tmp_path / "net.onnx", photo=photo())
+    assert error <= 1e-4
+    for size in ((2, 2), (34, 18), (70, 200)):
+        image = torch.rand(1, 3, *size)
+        with torch.no_grad():
+            expected = network.restore(image)
+        assert (run(tmp_path / "net.onnx", image) - expected).norm() <= 1e-4 * expected.norm()
+    count = operators(tmp_path / "net.onnx")
+    assert not {"Loop", "Scan", "If", "Erf", "LayerNormalization", "Einsum", "Where", "CumSum"} & set(count)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def check_lean(path: Path, *, blocks: int, other_convolutions: int, unshuffles: int) -> None:
+    """Channel means of norms are 1×1 convolutions (two a norm), GELU is exact, little is asked about shapes."""
+    model, count = onnx.load(path), operators(path)
+    assert count["Conv"] == blocks * (2 * 2 + 6) + other_convolutions
+    assert count["ReduceMean"] == 2 * blocks
+    assert count["Gelu"] == blocks and count["Transpose"] == blocks + unshuffles
+    assert count["Expand"] == 0 and count["Shape"] <= 3 + 4 * (unshuffles + 1) and count["Cast"] <= 4
+    gelu = next(node for node in model.graph.node if node.op_type == "Gelu")
+    assert [entry.s for entry in gelu.attribute if entry.name == "approximate"] in ([], [b"none"])
+    shape = model.graph.input[0].type.tensor_type.shape.dim
+    assert [bool(side.dim_param) for side in shape] == [False, False, True, True]
+
+
+def test_restormer_block_is_lean_and_the_file_describes_itself(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    assert export_onnx(OneSlot("restormer"), tmp_path / "net.onnx", photo=photo(), facts={"task": "denoise"}) <= 1e-5
+    check_lean(tmp_path / "net.onnx", blocks=1, other_convolutions=2, unshuffles=1)
+    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "net.onnx").metadata_props}
+    assert metadata == {"format": "ens onnx 1", "size_multiple": "2", "upscale": "1", "channels": "3",
+                        "task": "denoise"}
+
+
+@pytest.mark.slow
+def test_restormer_and_a_hybrid_of_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher = create_network("restormer", dim=16, num_blocks=(2, 2, 2, 2), num_refinement_blocks=2, heads=(1, 2, 4, 8),
+                             layer_norm="BiasFree")
+    assert export_onnx(teacher, tmp_path / "net.onnx", photo=photo()) <= 1e-5
+    check_lean(tmp_path / "net.onnx", blocks=16, other_convolutions=10, unshuffles=3)
+    families = ("vssd", "conv", "identity", "plk", "ssd")
+    hybrid = build_hybrid(teacher, {spec.name: create_filling(spec, Choice(family, 1))
+                                    for spec, family in zip(teacher.slots, families, strict=False)})
+    assert export_onnx(hybrid, tmp_path / "net.onnx", photo=photo()) <= 1e-5
+
+
+@pytest.mark.parametrize("family", SCANS)
+def test_a_selective_scan_is_refused_and_leaves_no_file(tmp_path: Path, family: str) -> None:
+    with pytest.raises(ExportError, match=r"body\.0.*selective scan"):
+        export_onnx(OneSlot(family), tmp_path / "net.onnx", photo=photo())
+    assert not list(tmp_path.iterdir())
+
+
+class Fickle(nn.Module):
+    """Exports something else than it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1.001 if torch.compiler.is_exporting() else x
+
+
+class Undecided(nn.Module):
+    """Decides on a value, which a graph cannot."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if float(x.sum()) > 0 else x
+
+
+class Broken(nn.Module):
+    """Gives NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x - x)
+
+
+@pytest.mark.parametrize(("module", "expected"), [
+    (Fickle(), "differs from PyTorch"), (Broken(), "differs from PyTorch"), (Undecided(), "cannot be exported"),
+], ids=["fickle", "broken", "undecided"])
+def test_no_file_where_the_export_is_not_the_network(tmp_path: Path, module: nn.Module, expected: str) -> None:
+    network = OneSlot("identity")
+    network.fill("body", module)
+    (tmp_path / "net.onnx").write_bytes(b"the file of before")
+    with pytest.raises(ExportError, match=expected):
+        export_onnx(network, tmp_path / "net.onnx", photo=photo())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"net.onnx": b"the file of before"}
+
+
+def test_parity_notices_weights_of_another_network(tmp_path: Path) -> None:
+    network = OneSlot("identity")
+    export_onnx(network, tmp_path / "net.onnx", photo=photo())
+    assert measure_parity(network, tmp_path / "net.onnx", photo=photo()) < 1e-6
+    assert measure_parity(OneSlot("identity"), tmp_path / "net.onnx", photo=photo()) > 1e-2
+
+
+def test_wrong_photo_and_clashing_facts_are_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\(1, 3, H, W\), got \(1, 1, 8, 8\)"):
+        export_onnx(OneSlot("identity"), tmp_path / "net.onnx", photo=torch.rand(1, 1, 8, 8))
+    with pytest.raises(ValueError, match="channels"):
+        export_onnx(OneSlot("identity"), tmp_path / "net.onnx", photo=photo(), facts={"channels": "4"})
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def test_the_code_of_the_card_restores_a_photo_without_ens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    upscale = 2
+    network = OneSlot("identity", upscale=upscale).eval()
+    export_onnx(network, tmp_path / "net.onnx", photo=photo())
+    facts = {"genotype": "0-1", "protocol": "denoise-color-awgn", "choice": Choice("mambair", 2).label}
+    write_card(tmp_path / "net.yaml", facts, model="net.onnx")
+    card = yaml.safe_load((tmp_path / "net.yaml").read_text(encoding="utf-8"))
+    assert card.items() >= facts.items()
+    assert "ens" not in card["run"].replace("tensor", "")
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 22, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "in.png")
+    with inside(tmp_path):
+        exec(card["run"], {})
+    with torch.no_grad():
+        expected = network(torch.from_numpy(to_float(pixels).transpose(2, 0, 1))[None])[0].permute(1, 2, 0)
+    got = to_float(read_photo(tmp_path / "out.png").pixels)
+    assert got.shape == (13 * upscale, 22 * upscale, 3)
+    # The card pads by mirroring with the edge pixel, ens without it: only the last pixels see the difference.
+    assert np.abs(got - expected.clamp(0, 1).numpy())[:-4 * upscale, :-4 * upscale].max() <= 0.502 / 255

@@ -1,0 +1,156 @@
+"""Sessions: every kind of file restores alike; depth, gray and alpha are kept; bad files do not stop the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ens.data.images import Photo, read_photo, write_photo
+from ens.export.formats import export_onnx
+from ens.export.hybrid import save_hybrid
+from ens.networks import create_network
+from ens.networks.checkpoints import CheckpointError, save_checkpoint
+from ens.networks.steps import Network
+from ens.runtime.session import Session, SessionError, open_session, restore_files, restore_photo
+
+
+def network() -> Network:
+    torch.manual_seed(0)
+    return create_network("plksr", dim=8, n_blocks=1, upscaling_factor=2)
+
+
+def session(upscale: int = 1, channels: int = 3) -> Session:
+    """Brightens nothing, enlarges by repetition: what comes out is known exactly."""
+    return Session(nn.Upsample(scale_factor=upscale), 8, upscale, channels, {})
+
+
+def photo(channels: int, dtype: type[np.uint8] | type[np.uint16], *, alpha: bool = False) -> Photo:
+    rng = np.random.default_rng(0)
+    top = np.iinfo(dtype).max
+    pixels = rng.integers(0, top, (13, 21, channels), dtype, endpoint=True)
+    return Photo(pixels, rng.integers(0, top, (13, 21), dtype, endpoint=True) if alpha else None)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder, teacher = tmp_path_factory.mktemp("files"), network()
+    paths = {name: folder / name for name in ("a.onnx", "hybrid.safetensors", "own.safetensors", "released.pth")}
+    export_onnx(teacher, paths["a.onnx"], photo=torch.rand(1, 3, 40, 40), facts={"task": "denoise"})
+    save_hybrid(paths["hybrid.safetensors"], teacher, choices={}, facts={"task": "denoise"})
+    save_checkpoint(paths["own.safetensors"], teacher, facts={"task": "denoise"})
+    save_checkpoint(paths["released.pth"], teacher)
+    return paths
+
+
+def test_every_kind_of_file_restores_like_the_network(files: dict[str, Path]) -> None:
+    image, teacher = torch.rand(2, 3, 19, 30), network().eval()
+    with torch.no_grad():
+        expected = teacher(image)
+    for name, path in files.items():
+        opened = open_session(path, threads=1)
+        assert (opened.size_multiple, opened.upscale, opened.channels) == (1, 2, 3)
+        assert (opened.restore(image) - expected).norm() <= 1e-5 * expected.norm(), name
+        assert name == "released.pth" or opened.facts["task"] == "denoise"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5)])
+def test_tiny_images_are_restored(files: dict[str, Path], size: tuple[int, int]) -> None:
+    for name in ("a.onnx", "released.pth"):
+        assert open_session(files[name]).restore(torch.rand(1, 3, *size)).shape == (1, 3, 2 * size[0], 2 * size[1])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("network_channels", [1, 3])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_depth_gray_and_alpha_are_kept(dtype: type[np.uint8] | type[np.uint16], channels: int, network_channels: int,
+                                       alpha: bool) -> None:
+    source = photo(channels, dtype, alpha=alpha)
+    restored = restore_photo(session(channels=network_channels), source)
+    assert restored.pixels.dtype == dtype
+    assert np.array_equal(restored.pixels, source.pixels)
+    assert (restored.alpha is None) if source.alpha is None else np.array_equal(restored.alpha, source.alpha)
+
+
+def test_alpha_grows_with_the_picture() -> None:
+    source = photo(3, np.uint16, alpha=True)
+    restored = restore_photo(session(upscale=2), source, tile_px=16, overlap_px=8)
+    assert np.array_equal(restored.pixels, source.pixels.repeat(2, 0).repeat(2, 1))
+    assert restored.alpha is not None and restored.alpha.shape == (26, 42) and restored.alpha.dtype == np.uint16
+
+
+def test_a_network_of_six_channels_is_no_photo_network() -> None:
+    with pytest.raises(ValueError, match="6 channels"):
+        restore_photo(session(channels=6), photo(3, np.uint8))
+
+
+def test_one_bad_file_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
+    source, target, done = tmp_path / "in", tmp_path / "out", list[str]()
+    source.mkdir()
+    for name, dtype in (("a.png", np.uint8), ("c.tif", np.uint16), ("d.png", np.uint16)):
+        write_photo(source / name, photo(3, dtype))
+    (source / "b.png").write_bytes((source / "a.png").read_bytes()[:60])
+    (source / "e.jpg").write_bytes(b"")
+    (source / "notes.txt").write_text("no image")
+    failures = restore_files(session(), source, target, on_progress=lambda n, total, name: done.append(name))
+    assert [error.path.name for error in failures] == ["b.png", "e.jpg"]
+    assert done == ["a.png", "b.png", "c.tif", "d.png", "e.jpg"]
+    assert sorted(path.name for path in target.iterdir()) == ["a.png", "c.tif", "d.png"]
+    for name in ("a.png", "c.tif", "d.png"):
+        assert np.array_equal(read_photo(target / name).pixels, read_photo(source / name).pixels)
+
+
+def test_a_restored_image_that_is_nan_leaves_no_file(tmp_path: Path) -> None:
+    write_photo(tmp_path / "in.png", photo(3, np.uint8))
+    broken = Session(lambda image: image / 0 * 0, 8, 1, 3, {})
+    failures = restore_files(broken, tmp_path / "in.png", tmp_path / "out.png")
+    assert "NaN" in str(failures[0]) and not (tmp_path / "out.png").exists()
+
+
+def test_one_file_goes_to_a_file_or_into_a_folder(tmp_path: Path) -> None:
+    write_photo(tmp_path / "in.png", photo(3, np.uint8))
+    assert restore_files(session(), tmp_path / "in.png", tmp_path / "new" / "out.tif") == []
+    assert restore_files(session(), tmp_path / "in.png", tmp_path / "new") == []
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["in.png", "out.tif"]
+
+
+def test_sources_are_never_overwritten(tmp_path: Path) -> None:
+    write_photo(tmp_path / "in.png", photo(3, np.uint8))
+    for source, target in ((tmp_path, tmp_path), (tmp_path / "in.png", tmp_path / "in.png"),
+                           (tmp_path / "in.png", tmp_path)):
+        with pytest.raises(ValueError, match="overwritten"):
+            restore_files(session(), source, target)
+
+
+def test_a_folder_without_images_is_said(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(ValueError, match="no images"):
+        restore_files(session(), tmp_path / "in", tmp_path / "out")
+
+
+def test_files_of_another_kind_are_refused(tmp_path: Path, files: dict[str, Path]) -> None:
+    (tmp_path / "cut.onnx").write_bytes(files["a.onnx"].read_bytes()[:1000])
+    with pytest.raises(SessionError, match="damaged"):
+        open_session(tmp_path / "cut.onnx")
+    with pytest.raises(SessionError, match="does not exist"):
+        open_session(tmp_path / "none.onnx")
+    with pytest.raises(SessionError, match=r"\.onnx, \.safetensors"):
+        open_session(tmp_path / "net.tflite")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_session(tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="threads"):
+        open_session(files["a.onnx"], threads=0)
+
+
+def test_an_onnx_file_of_somebody_else_is_refused(tmp_path: Path, files: dict[str, Path]) -> None:
+    import onnx
+
+    model = onnx.load(files["a.onnx"])
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(SessionError, match="not exported by ens"):
+        open_session(tmp_path / "other.onnx")
