@@ -58,16 +58,28 @@ def test_one_command_leaves_every_file(finished: tuple[StudyConfig, Path, Path])
     assert onnx.exists() and onnx.with_suffix(".safetensors").exists() and onnx.with_suffix(".yaml").exists()
 
 
-def test_exhaustive_search_equals_a_brute_force_that_shares_no_code_with_it(
+def test_exhaustive_search_of_two_slots_equals_a_brute_force_without_cache(
         finished: tuple[StudyConfig, Path, Path]) -> None:
-    _, out, _ = finished
-    library = open_library(out / "library")
+    study, out, _ = finished
+    check_by_brute_force(study, out, num_genotypes=9)
+
+
+def test_exhaustive_search_of_two_demo_slots_equals_a_brute_force_without_cache(tmp_path: Path) -> None:
+    study = load_study("search_spaces/demo.yaml", {
+        "choices": [], "slots": {"latent": ["restormer×1", "conv×2"], "refinement": ["vssd×1(state=16)", "conv×1"]},
+        "data": {"crop_px": 64, "limit": 1}, "search": {"engine": "exhaustive", "budget": 9}})
+    pipeline.search(study, tmp_path / "run")
+    check_by_brute_force(study, tmp_path / "run", num_genotypes=9)
+
+
+def check_by_brute_force(study: StudyConfig, out: Path, *, num_genotypes: int) -> None:
+    library = open_library(study.library or out / "library")
     teacher = library.load_teacher()
     task = create_task("denoise", {"sigma_255": 25})
-    images = load_validation_set("builtin:photos", task, crop_px=32, limit=2).images
-    space = pipeline.read_space(write_study(out), teacher)
+    images = load_validation_set(study.data.validation, task, crop_px=study.data.crop_px, limit=study.data.limit).images
+    space = pipeline.read_space(study, teacher)
     measured = read_archive(out / "archive.db").known()
-    assert len(measured) == space.num_genotypes == 9
+    assert len(measured) == space.num_genotypes == num_genotypes
 
     def mean_psnr(network: torch.nn.Module) -> float:
         with torch.inference_mode():
