@@ -16,16 +16,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import ens
+from ens.space import format_genotype
 
 # What needs PyTorch is imported inside the verbs, so that `ens --help` answers at once.
 if TYPE_CHECKING:
@@ -155,49 +155,11 @@ def _reporting() -> Iterator[Control]:
             raise StopNow from None
 
 
-def shipped_spaces() -> list[Path]:
-    """The studies that come with the package: inside it when installed, beside it in a checkout."""
-    package = Path(ens.__file__).parent
-    return sorted((*package.glob("search_spaces/*.yaml"), *package.parent.glob("search_spaces/*.yaml")))
-
-
-def find_study(name: str) -> Path:
-    """A file, or the name of a shipped study (`demo`, `search_spaces/demo.yaml`); raises ValueError listing those."""
-    if Path(name).is_file():
-        return Path(name)
-    shipped = {path.stem: path for path in shipped_spaces()}
-    given = Path(name)
-    if given.parent in (Path(), Path("search_spaces")) and given.suffix in ("", ".yaml") and given.stem in shipped:
-        return shipped[given.stem]
-    raise ValueError(f"there is no study {name}; give a YAML file or one of {', '.join(shipped)}")
-
-
 def _load_study(name: str, changes: Sequence[str] | None, teacher: Path | None = None) -> StudyConfig:
-    from ens.config import load_study
+    from ens.config import find_study, load_study, parse_changes
 
     overrides = parse_changes(changes or ())
     return load_study(find_study(name), {**overrides, "teacher": str(teacher.resolve())} if teacher else overrides)
-
-
-def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
-    """`search.budget=40` -> {"search": {"budget": 40}}; raises ValueError for what has no key and value."""
-    tree: dict[str, Any] = {}
-    for change in changes:
-        key, equals, text = change.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--set takes KEY=VALUE, for instance search.budget=40, got {change!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"--set {key}: {text!r} is not a YAML value") from None
-        *sections, last = key.split(".")
-        branch = tree
-        for section in sections:
-            branch = branch.setdefault(section, {})
-            if not isinstance(branch, dict):
-                raise ValueError(f"--set {key}: {section} was set to {branch!r} before")
-        branch[last] = value
-    return tree
 
 
 @app.callback(invoke_without_command=True)
@@ -240,7 +202,7 @@ def distill(study: Study, out: Out, teacher: Teacher = None, changes: Set = None
 
     with _reporting() as control:
         library = pipeline.distill(_load_study(study, changes, teacher), out, control)
-    table = Table("slot", "choice", "alignment error", "parameters", box=SIMPLE_HEAD)
+    table = _table(("slot", "choice"), ("alignment error", "parameters"))
     for item in library.surrogates.values():
         table.add_row(item.slot, item.choice, item.failed or f"{item.alignment_error:.3f}", f"{item.params:,}")
     _out.print(table)
@@ -348,7 +310,7 @@ def evaluate(
     with _reporting() as control:
         result = pipeline.evaluate(checkpoint, data, create_task(task), control, protocol=protocol, crop_px=crop,
                                    limit=limit, threads=threads)
-    table = Table("image", *(("input dB",) if result.inputs else ()), "PSNR dB", "SSIM", box=SIMPLE_HEAD)
+    table = _table(("image",), (*(("input dB",) if result.inputs else ()), "PSNR dB", "SSIM"))
     for index, (name, score) in enumerate(zip(result.names, result.outputs, strict=True)):
         before = (f"{result.inputs[index].psnr_db:.2f}",) if result.inputs else ()
         table.add_row(name, *before, f"{score.psnr_db:.2f}", f"{score.ssim:.4f}")
@@ -363,10 +325,11 @@ def evaluate(
 def spaces(studies: Annotated[list[str] | None, typer.Argument(
         metavar="[SPACE.yaml]...", help="Studies to list; the shipped ones by default.")] = None) -> None:
     """List studies: slots, choices, genotypes, and the range of parameters and multiply-adds."""
+    from ens.config import shipped_spaces
     from ens.pareto.selection import format_value
     from ens.pipeline import summarise_space
 
-    table = Table("space", "slots", "choices", "genotypes", "surrogates", "parameters", "MACs at 256²", box=SIMPLE_HEAD)
+    table = _table(("space",), ("slots", "choices", "genotypes", "surrogates", "parameters", "MACs at 256²"))
     for name in studies or map(str, shipped_spaces()):
         summary = summarise_space(_load_study(name, None))
         space, sizes = summary.space, summary.space.sizes
@@ -402,31 +365,32 @@ def info() -> None:
     _out.print(table)
 
 
+def _table(words: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(*words, box=SIMPLE_HEAD)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
 def _print_front(front: Front, archive: Archive) -> None:
     from ens.pareto.selection import format_value
-    from ens.space import format_genotype
 
     measured = archive.measurements()
-    table = Table("", "genotype", *front.objectives, "PSNR dB", box=SIMPLE_HEAD)
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = _table(("", "genotype"), (*front.objectives, "PSNR dB"))
     for index, member in enumerate(front.members):
         psnr_db = f"{sum(member.psnr_db) / len(member.psnr_db):.2f}" if member.psnr_db else ""
         table.add_row(front.role(index), format_genotype(member.genotype), *(
             format_value(name, member.values[name]) for name in front.objectives), psnr_db,
             style="bold" if index == front.knee else None)
     _out.print(table)
-    invalid = sum(not item.valid for item in measured)
-    _say(f"{len(measured)} genotypes measured, {len(front.members)} on the front"
-         + (f", {invalid} invalid" if invalid else ""))
-    _say(f"Knee: {_describe_member(front, front.knee)}")
+    _say(f"{len(measured)} genotypes measured, {len(front.members)} on the front, "
+         f"{sum(not item.valid for item in measured)} invalid\nKnee: {_describe_member(front, front.knee)}")
     for (slot, labels), choice in zip(archive.slots.items(), front.members[front.knee].genotype, strict=True):
         _say(f"  {slot:<16} {labels[choice]}")
 
 
 def _describe_member(front: Front, index: int) -> str:
     from ens.pareto.selection import format_value
-    from ens.space import format_genotype
 
     member = front.members[index]
     values = ", ".join(f"{name} {format_value(name, member.values[name])}" for name in front.objectives)

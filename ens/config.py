@@ -154,6 +154,44 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
                                  validation=_resolve(study.data.validation, path)))
 
 
+def shipped_spaces() -> list[Path]:
+    """The studies that come with the package: inside it when installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return sorted((*package.glob("search_spaces/*.yaml"), *package.parent.glob("search_spaces/*.yaml")))
+
+
+def find_study(name: str) -> Path:
+    """A file, or the name of a shipped study (`demo`, `search_spaces/demo.yaml`); raises ConfigError listing those."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.stem: path for path in shipped_spaces()}
+    given = Path(name)
+    if given.parent in (Path(), Path("search_spaces")) and given.suffix in ("", ".yaml") and given.stem in shipped:
+        return shipped[given.stem]
+    raise ConfigError(f"there is no study {name}; give a YAML file or one of {', '.join(shipped)}")
+
+
+def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
+    """`search.budget=40` -> {"search": {"budget": 40}}; raises ConfigError for what has no key and value."""
+    tree: dict[str, Any] = {}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set takes KEY=VALUE, for instance search.budget=40, got {change!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
+        *sections, last = key.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+            if not isinstance(branch, dict):
+                raise ConfigError(f"--set {key}: {section} was set to {branch!r} before")
+        branch[last] = value
+    return tree
+
+
 RUN_FILE = "study.yaml"
 _MAY_CHANGE = ("search.budget", "device", "threads")
 
@@ -180,7 +218,8 @@ def save_run(out: Path, study: StudyConfig) -> None:
 def open_run(out: Path) -> StudyConfig:
     """The study of a run folder; raises ConfigError where there is none."""
     if not (out / RUN_FILE).exists():
-        raise ConfigError(f"{out} is not a run folder: it has no {RUN_FILE}; `ens search SPACE.yaml --out {out}` makes one")
+        raise ConfigError(f"{out} is not a run folder: it has no {RUN_FILE}; "
+                          f"`ens search SPACE.yaml --out {out}` makes one")
     return load_study(out / RUN_FILE)
 
 
