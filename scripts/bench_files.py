@@ -31,8 +31,8 @@ def main() -> None:
             if repeat >= 2:  # the first runs allocate
                 spent.append(1000 * (time.perf_counter() - began))
     first = statistics.median(times[0])
-    print(f"ONNX Runtime {onnxruntime.__version__}, {arguments.threads} threads, 1×3×{arguments.size}×{arguments.size}, "
-          f"median of {arguments.repeats} interleaved runs")
+    print(f"ONNX Runtime {onnxruntime.__version__}, {arguments.threads} threads, "
+          f"1×3×{arguments.size}×{arguments.size}, median of {arguments.repeats} interleaved runs")
     for file, spent in zip(arguments.files, times, strict=True):
         median = statistics.median(spent)
         print(f"{median:8.1f} ms (min {min(spent):.1f})  {first / median:5.2f}× as fast  {file}")

@@ -41,7 +41,8 @@ def main() -> None:
     archive = read_archive(arguments.run / "archive.db")
     table, space = archive.known(), read_space(archive)
     if len(table) != space.num_genotypes:
-        raise SystemExit(f"{arguments.run} holds {len(table)} of {space.num_genotypes} genotypes; the table must be whole")
+        raise SystemExit(f"{arguments.run} holds {len(table)} of {space.num_genotypes} genotypes; "
+                         "the table must be whole")
     best, budget = reached(list(table.values()), archive), round(arguments.fraction * len(table))
     print(f"{len(table)} genotypes, {budget} evaluations, {' against '.join(archive.objectives)}")
     for name in ENGINES:

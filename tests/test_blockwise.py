@@ -30,8 +30,8 @@ def teacher() -> Network:
                           layer_norm="BiasFree").eval()
 
 
-JOBS = (("encoder_level1", Choice("restormer", 1)), ("encoder_level1", Choice("conv", 1)), ("latent", Choice("vssd", 1)),
-        ("latent", Choice("identity", 1)))
+JOBS = (("encoder_level1", Choice("restormer", 1)), ("encoder_level1", Choice("conv", 1)),
+        ("latent", Choice("vssd", 1)), ("latent", Choice("identity", 1)))
 
 
 def distill(network: Network, library: Library, *, steps: int = 6, stop_after: int | None = None, lr: float = 2e-3,

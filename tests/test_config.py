@@ -19,7 +19,8 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_folders_are_relative_to_the_study_and_the_name_is_the_files(tmp_path: Path) -> None:
-    study = load_study(write(tmp_path, STUDY + "teacher: t.pth\ndata: {train: ../photos, validation: 'builtin:photos'}\n"))
+    text = STUDY + "teacher: t.pth\ndata: {train: ../photos, validation: 'builtin:photos'}\n"
+    study = load_study(write(tmp_path, text))
     assert study.name == "s"
     assert study.teacher == str(tmp_path / "t.pth")
     assert study.data.train == str(tmp_path.parent / "photos")

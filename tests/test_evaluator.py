@@ -37,8 +37,9 @@ def images(count: int = 2) -> ValidationSet:
 
 
 def space_of(net: Network, names: list[str], choices: list[Choice]) -> SearchSpace:
-    return SearchSpace("t", tuple(Slot(name, (Choice(net.slot(name).family, net.slot(name).depth, teacher=True), *choices))
-                                  for name in names))
+    specs = [net.slot(name) for name in names]
+    return SearchSpace("t", tuple(Slot(spec.name, (Choice(spec.family, spec.depth, teacher=True), *choices))
+                                  for spec in specs))
 
 
 def fillings_of(net: Network, space: SearchSpace) -> list[list[nn.Module | str | None]]:

@@ -19,8 +19,10 @@ from ens.pareto.archive import read_archive
 
 STUDY = """
 task: {name: denoise, sigma_255: 25}
-network: {name: restormer, dim: 8, num_blocks: [1, 1, 1, 1], num_refinement_blocks: 1, heads: [1, 1, 1, 1], layer_norm: BiasFree}
-slots: {encoder_level1: [conv×1, vssd×1], latent: [conv×1, vssd×1], decoder_level1: [conv×1, vssd×1], refinement: [conv×1]}
+network: {name: restormer, dim: 8, num_blocks: [1, 1, 1, 1], num_refinement_blocks: 1, heads: [1, 1, 1, 1],
+          layer_norm: BiasFree}
+slots: {encoder_level1: [conv×1, vssd×1], latent: [conv×1, vssd×1], decoder_level1: [conv×1, vssd×1],
+        refinement: [conv×1]}
 data: {train: "builtin:photos", validation: "builtin:photos", crop_px: 64, limit: 2}
 train: {steps: 250, phases: [[0, 16, 2]]}
 distill: {steps: 120, batch_size: 2, patch_px: 16}
@@ -35,7 +37,8 @@ COMMANDS = {"train": ["train", "{study}", "--out", "{out}"], "distill": ["distil
 def start(verb: str, folder: Path) -> subprocess.Popen[bytes]:
     arguments = [part.format(study=folder.parent / "kill.yaml", out=folder) for part in COMMANDS[verb]]
     return subprocess.Popen([sys.executable, "-c", "from ens.cli import main; main()", *arguments],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def finish(verb: str, folder: Path) -> float:
@@ -54,7 +57,8 @@ def outcome(verb: str, folder: Path) -> object:
         return open_library(folder / "library").surrogates
     if verb == "search":
         return read_archive(folder / "archive.db").measurements()
-    return {name: value.tolist() for name, value in load_file(next((folder / "finetune").glob("*.safetensors"))).items()}
+    path = next((folder / "finetune").glob("*.safetensors"))
+    return {name: value.tolist() for name, value in load_file(path).items()}
 
 
 @pytest.mark.slow

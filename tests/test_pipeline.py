@@ -27,7 +27,8 @@ from ens.space import format_genotype
 
 STUDY = """
 task: {name: denoise, sigma_255: 25}
-network: {name: restormer, dim: 8, num_blocks: [1, 1, 1, 2], num_refinement_blocks: 1, heads: [1, 1, 2, 2], layer_norm: BiasFree}
+network: {name: restormer, dim: 8, num_blocks: [1, 1, 1, 2], num_refinement_blocks: 1, heads: [1, 1, 2, 2],
+          layer_norm: BiasFree}
 slots: {latent: [restormer×1, vssd×1], encoder_level2: [conv×1, identity×1]}
 data: {train: "builtin:photos", validation: "builtin:photos", crop_px: 32, limit: 2}
 train: {steps: 3, phases: [[0, 16, 2]]}
@@ -106,8 +107,9 @@ def test_a_second_run_repeats_nothing_and_says_so(finished: tuple[StudyConfig, P
         assert any(line.startswith(verb) and "skipped" in line for line in said), (verb, said)
 
 
-def test_the_exported_file_is_the_fine_tuned_hybrid_and_says_what_it_is(finished: tuple[StudyConfig, Path, Path]) -> None:
-    _, out, onnx = finished
+def test_the_exported_file_is_the_fine_tuned_hybrid_and_says_what_it_is(
+        finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, _, onnx = finished
     hybrid = load_hybrid(onnx.with_suffix(".safetensors"))
     facts = read_facts(onnx.with_suffix(".safetensors"))
     assert facts["genotype"] == onnx.stem and facts["protocol"] == "denoise-color-awgn"
@@ -121,7 +123,7 @@ def test_the_exported_file_is_the_fine_tuned_hybrid_and_says_what_it_is(finished
 @pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
 def test_restore_and_evaluate_take_what_export_wrote(finished: tuple[StudyConfig, Path, Path], tmp_path: Path,
                                                      suffix: str) -> None:
-    study, _, onnx = finished
+    _, _, onnx = finished
     model = onnx.with_suffix(suffix)
     noisy, restored = tmp_path / "noisy.png", tmp_path / "restored.png"
     photo = pipeline.degrade(_builtin_photo(), noisy, create_task("denoise", {"sigma_255": 25}))
@@ -155,7 +157,7 @@ def test_an_interrupted_search_goes_on_to_the_same_archive(tmp_path: Path,
 def test_a_run_folder_of_another_study_is_refused(finished: tuple[StudyConfig, Path, Path], tmp_path: Path) -> None:
     _, out, _ = finished
     other = load_study(tmp_path.parent / _copy(tmp_path), {"search": {"engine": "random"}})
-    with pytest.raises(ConfigError, match="search.engine: exhaustive there, random now"):
+    with pytest.raises(ConfigError, match=r"search\.engine: exhaustive there, random now"):
         save_run(out, other)
 
 
@@ -178,8 +180,8 @@ def test_a_given_library_must_hold_every_surrogate_and_the_same_teacher(finished
         stranger.get_parameter("output.weight").add_(1)
     save_checkpoint(tmp_path / "other.safetensors", stranger)
     with pytest.raises(LibraryError, match="another teacher"):
-        pipeline.distill(load_study(tmp_path / "tiny.yaml", {**overrides, "teacher": str(tmp_path / "other.safetensors")}),
-                         tmp_path / "run2")
+        overrides["teacher"] = str(tmp_path / "other.safetensors")
+        pipeline.distill(load_study(tmp_path / "tiny.yaml", overrides), tmp_path / "run2")
 
 
 def test_spaces_of_the_paper_have_its_numbers() -> None:

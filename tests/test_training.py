@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_bad_losses_are_skipped_and_ten_end_the_training(tmp_path: Path) -> None
     network = conv()
     assert fit(network, tmp_path / "t.pt", loss=sometimes_nan)
     assert all(torch.isfinite(value).all() for value in network.state_dict().values())
-    with pytest.raises(TrainingError, match="10 steps.*learning rate"):
+    with pytest.raises(TrainingError, match=r"10 steps.*learning rate"):
         fit(conv(), tmp_path / "bad.pt", steps=40,
             loss=lambda network, degraded, clean: F.l1_loss(network(degraded), clean) * float("nan"))
 
@@ -84,7 +85,7 @@ def test_learning_rate_warms_up_then_follows_a_cosine() -> None:
     rates = [learning_rate(step, steps=110, lr=1.0, lr_final=0.0, warmup_steps=10) for step in range(111)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
     assert rates[60] == pytest.approx(0.5) and rates[110] == pytest.approx(0.0)
-    assert all(earlier >= later for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(earlier >= later for earlier, later in itertools.pairwise(rates[10:]))
 
 
 def test_relative_error_is_one_for_an_identity_and_zero_for_the_teacher() -> None:

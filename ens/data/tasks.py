@@ -287,7 +287,7 @@ def create_task(name: str, options: Mapping[str, object] | None = None) -> Task:
             near = difflib.get_close_matches(key, sorted(known), 1, 0.0)
             raise ValueError(f"task {base} has no option {key!r}; the nearest is {near[0]!r} of {sorted(known)}")
     constructor: type = TASKS[base]
-    return constructor(**{key: _as_value(base, key, value) for key, value in merged.items()})  # type: ignore[no-any-return]
+    return constructor(**{key: _as_value(base, key, value) for key, value in merged.items()})
 
 
 _SUFFIXES = {"x": "upscale", "q": "quality", "s": "sigma_255"}

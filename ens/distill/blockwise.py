@@ -127,7 +127,7 @@ def _train_step(pupil: _Pupil, given: Tensor, wanted: Tensor, rate: float, *, bf
         output = pupil.blocks(given)
     loss = relative_error(output.float(), wanted, given)
     pupil.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     norm = nn.utils.clip_grad_norm_(pupil.blocks.parameters(), 1.0)
     if math.isfinite(float(norm)):
         pupil.optimizer.step()

@@ -1,7 +1,7 @@
 """A library on disk: one safetensors file per slot and choice, the teacher they imitate, and a manifest.
 
-Layout: `manifest.json`, `teacher.safetensors`, `<slot>/<choice>.safetensors`. Every file is written under a temporary name
-and renamed, the manifest last, so a library is whole after any crash.
+Layout: `manifest.json`, `teacher.safetensors`, `<slot>/<choice>.safetensors`. Every file is written under a temporary
+name and renamed, the manifest last, so a library is whole after any crash.
 """
 
 from __future__ import annotations

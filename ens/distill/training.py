@@ -98,7 +98,7 @@ def train_network(network: nn.Module, patches: PatchSource, *, checkpoint: Path,
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=use_bf16):
             value = loss(wrapped, degraded.to(device), clean.to(device))
         optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
         # The norm is taken after DDP has averaged, so every process skips the same steps.
         if math.isfinite(float(norm)):

@@ -30,7 +30,7 @@ class _LiveBytes(TorchDispatchMode):
     """Follows every storage from its first appearance to its death."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: set[int] = set()
 
