@@ -24,7 +24,8 @@ def make_tiny() -> MambaIRUNet:
 def test_keys_are_restormers_skeleton_with_mambair_blocks() -> None:
     keys = set(make_tiny().state_dict())
     assert {"patch_embed.proj.weight", "encoder_level2.1.self_attention.x_proj_weight",
-            "latent.0.conv_blk.cab.0.weight", "down1_2.body.0.weight", "reduce_chan_level3.weight", "refinement.0.skip_scale2", "output.weight"} <= keys
+            "latent.0.conv_blk.cab.0.weight", "down1_2.body.0.weight", "reduce_chan_level3.weight",
+            "refinement.0.skip_scale2", "output.weight"} <= keys
 
 
 def test_any_size_keeps_its_size_and_the_run_can_be_cut_anywhere() -> None:
