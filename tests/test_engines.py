@@ -75,11 +75,11 @@ def test_a_quarter_of_the_table_gives_95_percent_of_the_hypervolume(engine: str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ehvi", "nsga2", "tpe"])
-@pytest.mark.parametrize(("sizes", "fraction"), [((4, 4, 4, 4), 0.25), ((3, 3, 3, 3, 3, 3), 0.15)])
+@pytest.mark.parametrize(("sizes", "fraction"), [((4, 4, 4, 4), 0.25), ((3, 3, 3, 3, 3, 3), 0.1)])
 def test_95_percent_on_average_and_clearly_more_than_random(engine: str, sizes: tuple[int, ...],
                                                             fraction: float) -> None:
-    shares = [share_of_hypervolume(engine, sizes=sizes, seed=seed, fraction=fraction) for seed in range(5)]
-    random = [share_of_hypervolume("random", sizes=sizes, seed=seed, fraction=fraction) for seed in range(5)]
+    shares = [share_of_hypervolume(engine, sizes=sizes, seed=seed, fraction=fraction) for seed in range(3)]
+    random = [share_of_hypervolume("random", sizes=sizes, seed=seed, fraction=fraction) for seed in range(3)]
     assert np.mean(shares) >= 0.95 and np.mean(shares) > np.mean(random) + 0.02
 
 
