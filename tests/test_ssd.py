@@ -41,6 +41,18 @@ def test_chunks_equal_the_loop_with_gradients(length: int, groups: int, per_grou
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@settings(max_examples=30, deadline=None)
+@given(length=st.sampled_from([1, 2, 64, 65, 200]), groups=st.sampled_from([1, 2]), per_group=st.integers(1, 3),
+       width=st.sampled_from([1, 5, 16, 24]), states=st.sampled_from([1, 5, 16]), reverse=st.booleans(),
+       batch=st.integers(1, 2))
+def test_float32_equals_the_loop_with_gradients(length: int, groups: int, per_group: int, width: int, states: int,
+                                                reverse: bool, batch: int) -> None:
+    inputs = make_inputs(batch, length, groups * per_group, width, groups, states)
+    fast = gradients(ssd, {name: value.float() for name, value in inputs.items()}, reverse=reverse)
+    for a, b in zip(fast, gradients(ssd_loop, inputs, reverse=reverse), strict=True):
+        assert float((a.detach().double() - b.detach()).norm()) <= 1e-4 * float(b.detach().norm())
+
+
 def test_scalar_decay_is_the_selective_scan_with_equal_rows() -> None:
     inputs = make_inputs(heads=4, width=3)
     y = ssd(**inputs)

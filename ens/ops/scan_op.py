@@ -54,7 +54,7 @@ def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | Non
       keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, summed, delta_softplus)
     kept = checkpoint_shape(inputs) if keep and uses_kernel(u) else (0,)
-    return torch.empty_like(like_output(inputs)), u.new_empty(u.shape[0], *A.shape), u.new_empty(kept)
+    return torch.empty_like(like_output(inputs)), u.new_empty(u.shape[0], A.shape[0], B.shape[2]), u.new_empty(kept)
 
 
 @torch.library.custom_op("ens::selective_scan_backward", mutates_args=())
@@ -73,8 +73,8 @@ def _(dy: Tensor, dlast: Tensor | None, checkpoints: Tensor, u: Tensor, delta: T
     batch, groups, states, length = B.shape
     dB, dC = (u.new_empty(batch, groups, length, states) for _ in range(2))
     dz = u.new_empty(0) if z is None else torch.empty_like(z)
-    channels = delta.shape[1]
-    return [torch.empty_like(u), torch.empty_like(delta), u.new_empty(channels, states), dB, dC, u.new_empty(channels),
+    channels, decays = A.shape
+    return [torch.empty_like(u), torch.empty_like(delta), u.new_empty(channels, decays), dB, dC, u.new_empty(channels),
             dz, u.new_empty(channels)]
 
 
@@ -104,13 +104,13 @@ def scan_flops(batch: int, channels: int, length: int, states: int, *, gated: bo
 
 @register_flop_formula(torch.ops.ens.selective_scan)
 def _count_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *args: Any, **kwargs: Any) -> int:
-    return scan_flops(delta[0], delta[1], delta[2], A[1], gated=z is not None)
+    return scan_flops(delta[0], A[0], delta[2], B[2], gated=z is not None)
 
 
 @register_flop_formula(torch.ops.ens.selective_scan_backward)
 def _count_scan_backward(dy: Any, dlast: Any, checkpoints: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any,
                          z: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * scan_flops(delta[0], delta[1], delta[2], A[1], gated=z is not None)
+    return 2 * scan_flops(delta[0], A[0], delta[2], B[2], gated=z is not None)
 
 
 def _chunked_gradients(inputs: ScanInputs, dy: Tensor, dlast: Tensor) -> list[Tensor | None]:

@@ -1,48 +1,100 @@
-"""Mamba-2's recurrence (state-space duality, arXiv 2405.21060) as chunked matrix products, and its non-causal form.
+"""Mamba-2's recurrence (state-space duality, arXiv 2405.21060), causal and non-causal.
 
 Shapes: B batch, L length, H heads, P channels of a head, G groups (head h uses group h // (H/G)), N states,
-K chunks, T steps of a chunk, R = H/G. Every exponent is a sum of log decays (never positive), so nothing is ever
-divided by a cumulative decay, which underflows.
+K chunks, T steps of a chunk, R = H/G. The causal form is chunked matrix products, which edge runtimes run well; eager
+float32 on the CPU takes the native scan kernel instead, CUDA takes mamba-ssm where installed. Every exponent is a sum
+of log decays (never positive), so nothing is ever divided by a cumulative decay, which underflows.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ens.ops.scan_op import scan_op, uses_kernel
+
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int = 64, D: Tensor | None = None, *,
         dt_bias: Tensor | None = None, dt_softplus: bool = False, reverse: bool = False,
         levels: int | None = None) -> Tensor:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_tᵀ, y_t = C_t h_t + D x_t, as matrix products over chunks.
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_tᵀ, y_t = C_t h_t + D x_t: mamba-ssm's arguments.
 
     x (B, L, H, P), dt (B, L, H) positive (or `dt_softplus`), A (H) negative, B and C (B, L, G, N), D (H) ->
     (B, L, H, P) in x's dtype; half-precision input is computed in float32. `reverse` runs the recurrence from the
-    last step to the first without flipping anything. `levels` says how often chunks are grouped again; None takes
-    what L needs, 1 keeps the graph free of decisions on L (for export, L up to a few thousand). Raises ValueError
-    for shapes that do not fit, zero length included. Source: listing 1 of the paper; mamba-ssm's argument order.
+    last step to the first. `chunk_size` and `levels` concern the chunked form only: see `ssd_chunked`. Raises
+    ValueError for shapes that do not fit, zero length included.
     """
     _check(x, dt, A, B, C, D)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    batch, length, heads, width = x.shape
-    groups, states = B.shape[2:]
     dtype = torch.promote_types(x.dtype, torch.float32)
     dt = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     dt = F.softplus(dt) if dt_softplus else dt
+    A, B, C = A.to(dtype), B.to(dtype), C.to(dtype)
+    D = None if D is None else D.to(dtype)
+    fused = _load_mamba_ssm() if x.is_cuda and x.dtype != torch.float64 else None
+    if fused is not None:
+        return _ssd_cuda(fused, x, dt, A, B, C, chunk_size, D, reverse=reverse)
+    if x.device.type == "cpu" and uses_kernel(dt) and not torch.compiler.is_compiling():
+        return _ssd_kernel(x.to(dtype), dt, A, B, C, D, reverse=reverse).to(x.dtype)
+    return ssd_chunked(x.to(dtype), dt, A, B, C, chunk_size, D, reverse=reverse, levels=levels).to(x.dtype)
+
+
+def _ssd_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, *, reverse: bool) -> Tensor:
+    """The selective scan of H·P channels whose states all decay alike."""
+    groups, length, width = B.shape[2], x.shape[1], x.shape[3]
+    order = torch.arange(length - 1, -1, -1, dtype=torch.int32).repeat(groups, 1) if reverse else None
+    given = (x, dt, A, B, C, D)
+    y, _, _ = scan_op(
+        x.flatten(2).transpose(1, 2), dt.transpose(1, 2), A.repeat_interleave(width)[:, None], B.permute(0, 2, 3, 1),
+        C.permute(0, 2, 3, 1), None if D is None else D.repeat_interleave(width), None, None, order, False, False,
+        False, torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in given))
+    return y.transpose(1, 2).reshape(x.shape)
+
+
+def _ssd_cuda(fused: Callable[..., Tensor], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int,
+              D: Tensor | None, *, reverse: bool) -> Tensor:
+    """mamba-ssm's kernel; it runs forward in time only, so `reverse` flips."""
+    if reverse:
+        return _ssd_cuda(fused, x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), chunk_size, D, reverse=False).flip(1)
+    return fused(x, dt, A, B.to(x.dtype), C.to(x.dtype), chunk_size, D=D)
+
+
+@functools.cache
+def _load_mamba_ssm() -> Callable[..., Tensor] | None:
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:
+        return None
+    return mamba_chunk_scan_combined
+
+
+def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int = 64, D: Tensor | None = None,
+                *, reverse: bool = False, levels: int | None = None) -> Tensor:
+    """`ssd` as matrix products over chunks (listing 1 of the paper), in the edge operator contract for one group.
+
+    Arguments as for `ssd`, all of one float type and dt ready. `reverse` transposes the triangular matrices, nothing
+    is flipped. `levels` says how often chunks are grouped again: None takes what L needs, 1 keeps the graph free of
+    decisions on L (for export, L up to a few thousand).
+    """
+    batch, length, heads, width = x.shape
+    groups, states = B.shape[2:]
     # Padded steps have dt = 0: they decay nothing and add nothing, whichever way the recurrence runs.
     chunks = (length + chunk_size - 1) // chunk_size
     if torch.compiler.is_exporting():
         chunks = length // chunk_size + 2  # an example with a single chunk would fix their number in the exported graph
     pad = chunks * chunk_size - length
     dt_BKTH = F.pad(dt, (0, 0, 0, pad)).view(batch, chunks, chunk_size, heads)
-    x_BKTHP = F.pad(x.to(dtype), (0, 0, 0, 0, 0, pad)).view(batch, chunks, chunk_size, heads, width)
-    B_BKGTN, C_BKGTN = (F.pad(m.to(dtype), (0, 0, 0, 0, 0, pad)).view(
-        batch, chunks, chunk_size, groups, states).transpose(2, 3) for m in (B, C))
+    x_BKTHP = F.pad(x, (0, 0, 0, 0, 0, pad)).view(batch, chunks, chunk_size, heads, width)
+    B_BKGTN, C_BKGTN = (F.pad(m, (0, 0, 0, 0, 0, pad)).view(batch, chunks, chunk_size, groups, states).transpose(2, 3)
+                        for m in (B, C))
 
     past_TT = _past(chunk_size, reverse=reverse, like=dt)
-    decay_BKHT = (dt_BKTH * A.to(dtype)).transpose(2, 3)
+    decay_BKHT = (dt_BKTH * A).transpose(2, 3)
     sum_BKHT = decay_BKHT @ past_TT.T
     total_BKH = decay_BKHT.sum(-1)
     xdt_BKTHP = x_BKTHP * dt_BKTH[..., None]
@@ -55,9 +107,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int 
     before = (C_BKGTN @ carried_BKGNQ).transpose(2, 3).reshape(batch, chunks, chunk_size, heads, width)
     y = inside.transpose(2, 3) + before * torch.exp(sum_BKHT).transpose(2, 3)[..., None]
     y = y.reshape(batch, chunks * chunk_size, heads, width)[:, :length]
-    if D is not None:
-        y = y + x.to(dtype) * D.to(dtype)[:, None]
-    return y.to(x.dtype)
+    return y if D is None else y + x * D[:, None]
 
 
 def _past(size: int, *, reverse: bool, like: Tensor) -> Tensor:

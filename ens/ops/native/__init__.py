@@ -27,7 +27,8 @@ class _ScanCall(ctypes.Structure):
     """Mirror of ScanCall in scan.h, field by field."""
 
     _fields_ = [*((name, ctypes.c_int64) for name in (
-        "batch", "channels", "groups", "states", "length", "shared", "summed", "softplus", "threads", "lanes")),
+        "batch", "channels", "groups", "states", "length", "shared", "summed", "softplus", "decays", "per_delta",
+        "threads", "lanes")),
         ("order", ctypes.c_void_p), *((name, _ScanTensor) for name in ("u", "delta", "z", "B", "C")),
         *((name, ctypes.c_void_p) for name in ("A", "D", "bias")), ("y", _ScanTensor),
         *((name, ctypes.c_void_p) for name in ("last_state", "checkpoints")),
@@ -39,7 +40,8 @@ class ScanInputs(NamedTuple):
     """u, delta, z (B, D, L); A (D, N); B, C (B, G, N, L); D, delta_bias (D); order (G, L) int32.
 
     A, D, delta_bias and order are contiguous. `shared`: u is (B, D/G, L), read by every group in its own order;
-    `summed`: so are y and z, summed over the groups.
+    `summed`: so are y and z, summed over the groups. Mamba-2: A (D, 1), all states decay alike, and delta (B, H, L),
+    D/H channels each.
     """
 
     u: Tensor
@@ -86,9 +88,9 @@ def scan_forward(inputs: ScanInputs, *, keep: bool, lanes: int = 0) -> tuple[Ten
 
     `lanes` 4, 8 or 16 asks for a vector width (0: the widest here). Raises MemoryError without scratch memory.
     """
-    batch, channels = inputs.delta.shape[:2]
+    batch, channels = inputs.delta.shape[0], inputs.A.shape[0]
     y = torch.empty_like(like_output(inputs))
-    last = inputs.u.new_empty(batch, *inputs.A.shape)
+    last = inputs.u.new_empty(batch, channels, inputs.B.shape[2])
     checkpoints = inputs.u.new_empty(checkpoint_shape(inputs) if keep else 0)
     call = _make_call(inputs, lanes)
     call.y, call.last_state = _strided(y), last.data_ptr()
@@ -101,13 +103,14 @@ def scan_forward(inputs: ScanInputs, *, keep: bool, lanes: int = 0) -> tuple[Ten
 def scan_backward(inputs: ScanInputs, checkpoints: Tensor, dy: Tensor, dlast: Tensor | None, *,
                   lanes: int = 0) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B and C as (B, G, L, N), D, z and delta_bias; z's is empty without z."""
-    batch, channels = inputs.delta.shape[:2]
+    batch, channels, decays = inputs.delta.shape[0], *inputs.A.shape
     groups, states, length = inputs.B.shape[1:]
     call = _make_call(inputs, lanes)
-    du, ddelta = torch.empty_like(inputs.u), torch.empty_like(inputs.delta)
+    du = torch.empty_like(inputs.u)
+    ddelta = torch.empty_like(inputs.delta if channels == inputs.delta.shape[1] else inputs.u)
     dz = torch.empty_like(inputs.u if inputs.z is None else inputs.z) if inputs.z is not None else dy.new_empty(0)
     dB, dC = (dy.new_empty(call.splits, batch, groups, length, states) for _ in range(2))
-    dA, dD, dbias = dy.new_empty(batch, channels, states), dy.new_empty(batch, channels), dy.new_empty(batch, channels)
+    dA, dD, dbias = dy.new_empty(batch, channels, decays), dy.new_empty(batch, channels), dy.new_empty(batch, channels)
     dlast = None if dlast is None else dlast.contiguous()
     call.dy, call.du, call.ddelta = _strided(dy), _strided(du), _strided(ddelta)
     call.dz = _strided(dz if inputs.z is not None else None)
@@ -116,6 +119,8 @@ def scan_backward(inputs: ScanInputs, checkpoints: Tensor, dy: Tensor, dlast: Te
     if _library().ens_scan_backward(ctypes.byref(call)):
         raise MemoryError(f"selective scan of {batch}×{channels} channels: no memory for scratch space")
     dB, dC = (m[0] if call.splits == 1 else m.sum(0) for m in (dB, dC))
+    if ddelta.shape != inputs.delta.shape:  # a row of delta serves several channels
+        ddelta = torch.empty_like(inputs.delta).copy_(ddelta.unflatten(1, (inputs.delta.shape[1], -1)).sum(2))
     return du, ddelta, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0)
 
 
@@ -134,15 +139,14 @@ def _strided(tensor: Tensor | None) -> _ScanTensor:
 
 
 def _make_call(inputs: ScanInputs, lanes: int) -> _ScanCall:
-    batch, channels, length = inputs.delta.shape
-    groups, states = inputs.B.shape[1:3]
+    (channels, decays), (batch, groups, states, length) = inputs.A.shape, inputs.B.shape
     # Below this much work a thread costs more than it saves.
     threads = max(1, min(torch.get_num_threads(), batch * channels * length * states >> 17))
     units = batch * (1 if inputs.shared else groups)
     tiles = -(-(channels // groups) // (lanes or _library().ens_scan_lanes()))
     return _ScanCall(
         batch=batch, channels=channels, groups=groups, states=states, length=length, shared=inputs.shared,
-        summed=inputs.summed,
+        summed=inputs.summed, decays=decays, per_delta=channels // inputs.delta.shape[1],
         softplus=inputs.delta_softplus, threads=threads, lanes=lanes, splits=max(1, min(tiles, -(-threads // units))),
         u=_strided(inputs.u), delta=_strided(inputs.delta), z=_strided(inputs.z), B=_strided(inputs.B),
         C=_strided(inputs.C), order=_pointer(inputs.order), A=_pointer(inputs.A), D=_pointer(inputs.D),

@@ -2,7 +2,8 @@
 //
 // B batch, D channels, G groups (channel d reads group d / (D/G)), N states, L length. With `shared`, u and du have D/G
 // channels: every group scans the same u in its own order (four-direction scans). With `summed` too, y, z, dy and dz
-// have D/G channels: the sum over the groups.
+// have D/G channels: the sum over the groups. `decays` is the width of A: N, or 1 where all states of a channel decay
+// alike (Mamba-2); `per_delta` channels share a row of delta (a head of Mamba-2), whose gradient comes per channel.
 #pragma once
 #include <cstdint>
 
@@ -14,11 +15,11 @@ struct ScanTensor {  // (B, channels, L) for u, delta, z, y and their gradients;
 };
 
 struct ScanCall {
-    int64_t batch, channels, groups, states, length, shared, summed, softplus, threads;
+    int64_t batch, channels, groups, states, length, shared, summed, softplus, decays, per_delta, threads;
     int64_t lanes;         // 0: widest the machine has; 16 (AVX-512), 8 (AVX2), 4 (portable)
     const int32_t* order;  // (G, L) pixel visited at each step, or null for 0, 1, 2, …
     ScanTensor u, delta, z, B, C;
-    const float *A, *D, *bias;  // contiguous (D, N), (D), (D); D and bias may be null
+    const float *A, *D, *bias;  // contiguous (D, decays), (D), (D); D and bias may be null
     // Forward output; read again by the backward pass.
     ScanTensor y;
     float* last_state;   // contiguous (B, D, N)
@@ -27,7 +28,7 @@ struct ScanCall {
     ScanTensor dy, du, ddelta, dz;
     const float* dlast;            // contiguous (B, D, N), or null
     float *dB, *dC;                // contiguous (splits, B, G, L, N), to be summed over splits
-    float *dA, *dD, *dbias;        // contiguous (B, D, N), (B, D), (B, D), to be summed over the batch
+    float *dA, *dD, *dbias;        // contiguous (B, D, decays), (B, D), (B, D), to be summed over the batch
     int64_t splits;                // parts the channels of a group are divided into
 };
 

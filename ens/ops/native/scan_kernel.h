@@ -96,6 +96,23 @@ FN void load_tile(const ScanTensor& from, int64_t batch, int64_t channel, int64_
                 lane < count ? base[lane * from.channel + (order ? order[start + t] : start + t) * from.step] : 0.0f;
 }
 
+// Tile of delta, whose rows may serve several channels each.
+FN void load_delta(const ScanCall& call, int64_t batch, int64_t channel, int64_t count, const int32_t* order,
+                   int64_t start, int64_t steps, float* tile) {
+    if (call.per_delta == 1) return load_tile(call.delta, batch, channel, count, order, start, steps, tile);
+    const float* base = call.delta.data + batch * call.delta.batch;
+    int64_t row[ENS_LANES] = {};
+    for (int64_t lane = 0; lane < count; ++lane) row[lane] = (channel + lane) / call.per_delta * call.delta.channel;
+    const bool one_row = row[0] == row[count - 1] && count == V;
+    for (int64_t t = 0; t < steps; ++t) {
+        const float* at = base + (order ? order[start + t] : start + t) * call.delta.step;
+        if (one_row)
+            store(tile + t * V, splat(at[row[0]]));
+        else
+            for (int64_t lane = 0; lane < V; ++lane) tile[t * V + lane] = lane < count ? at[row[lane]] : 0.0f;
+    }
+}
+
 // The way back; `add` sums onto what is there (directions after the first).
 FN void store_tile(const ScanTensor& to, int64_t batch, int64_t channel, int64_t count, const int32_t* order,
                    int64_t start, int64_t steps, bool add, const float* tile) {
@@ -192,6 +209,8 @@ FN float* checkpoint(const ScanCall& call, int64_t batch, int64_t chunk, int64_t
     return call.checkpoints + ((batch * chunks + chunk) * padded + tile * V) * call.states;
 }
 
+// `Alike`: all states of a channel decay alike, one exponential a step.
+template <bool Alike>
 FN void forward_chunk(const ScanCall& call, const float* B, const float* C, int64_t steps, const float* delta,
                       const float* u, const Tile& tile, float* y) {
     const int64_t states = call.states;
@@ -200,9 +219,10 @@ FN void forward_chunk(const ScanCall& call, const float* B, const float* C, int6
     for (int64_t t = 0; t < steps; ++t) {
         const vf step = load(delta + t * V), write = step * load(u + t * V);
         const float *Bt = B + t * states, *Ct = C + t * states;
-        vf sum = {};
+        vf sum = {}, a = exp2(step * load(decay));
         for (int64_t n = 0; n < states; ++n) {
-            const vf h = exp2(step * load(decay + n * V)) * load(state + n * V) + write * Bt[n];
+            if constexpr (!Alike) a = exp2(step * load(decay + n * V));
+            const vf h = a * load(state + n * V) + write * Bt[n];
             store(state + n * V, h);
             sum += h * Ct[n];
         }
@@ -227,7 +247,8 @@ FN void forward(const ScanCall& call, const Unit& unit) {
     for (int64_t group = unit.group; group < unit.group_end; ++group) {
         const int32_t* order = call.order ? call.order + group * call.length : nullptr;
         for (const Tile& tile : tiles) {
-            load_states(call.A + (group * per_group + tile.channel) * states, tile.count, states, kLog2E, tile.decay);
+            load_states(call.A + (group * per_group + tile.channel) * call.decays, tile.count, call.decays, kLog2E,
+                        tile.decay);
             std::memset(tile.state, 0, states * sizeof(vf));
         }
         for (int64_t start = 0; start < call.length; start += kChunk) {
@@ -240,11 +261,11 @@ FN void forward(const ScanCall& call, const Unit& unit) {
                 if (call.checkpoints)
                     std::memcpy(checkpoint(call, unit.batch, start / kChunk, tile_index(call, group, tile.channel)),
                                 tile.state, states * sizeof(vf));
-                load_tile(call.delta, unit.batch, channel, tile.count, order, start, steps, delta);
+                load_delta(call, unit.batch, channel, tile.count, order, start, steps, delta);
                 load_tile(call.u, unit.batch, in, tile.count, order, start, steps, u);
                 make_delta(call, load_channels(call.bias ? call.bias + channel : nullptr, tile.count), steps, delta,
                            nullptr);
-                forward_chunk(call, B, C, steps, delta, u, tile, y);
+                (call.decays == 1 ? forward_chunk<true> : forward_chunk<false>)(call, B, C, steps, delta, u, tile, y);
                 if (call.D) {
                     const vf skip = load_channels(call.D + channel, tile.count);
                     for (int64_t t = 0; t < steps; ++t) store(y + t * V, load(y + t * V) + load(u + t * V) * skip);
@@ -287,15 +308,20 @@ struct BackwardScratch {
 };
 
 // States of the chunk from its checkpoint: h has one row more than steps, h[0] is what entered.
+template <bool Alike>
 FN void recompute_chunk(const ScanCall& call, int64_t steps, const Tile& tile, const BackwardScratch& s) {
     const int64_t states = call.states;
     for (int64_t t = 0; t < steps; ++t) {
         const vf step = load(s.delta + t * V), write = step * load(s.u + t * V);
         const float* Bt = s.B + t * states;
         const float* before = s.h + t * states * V;
+        vf a = exp2(step * load(tile.decay));
+        if constexpr (Alike) store(s.a + t * V, a);
         for (int64_t n = 0; n < states; ++n) {
-            const vf a = exp2(step * load(tile.decay + n * V));
-            store(s.a + (t * states + n) * V, a);
+            if constexpr (!Alike) {
+                a = exp2(step * load(tile.decay + n * V));
+                store(s.a + (t * states + n) * V, a);
+            }
             store(s.h + ((t + 1) * states + n) * V, a * load(before + n * V) + write * Bt[n]);
         }
     }
@@ -313,6 +339,7 @@ FN void backward_gate(const ScanCall& call, vf skip, int64_t steps, const Backwa
     }
 }
 
+template <bool Alike>
 FN void backward_chunk(const ScanCall& call, int64_t steps, vf skip, const Tile& tile, const BackwardScratch& s) {
     const int64_t states = call.states;
     const vf to_natural = splat(1.0f / kLog2E);
@@ -320,18 +347,28 @@ FN void backward_chunk(const ScanCall& call, int64_t steps, vf skip, const Tile&
     for (int64_t t = steps - 1; t >= 0; --t) {
         const vf dy = load(s.dy + t * V), step = load(s.delta + t * V), u = load(s.u + t * V), write = step * u;
         const float *Bt = s.B + t * states, *Ct = s.C + t * states;
-        const float *before = s.h + t * states * V, *after = before + states * V, *a = s.a + t * states * V;
+        const float *before = s.h + t * states * V, *after = before + states * V;
+        const float* decays = s.a + (Alike ? t : t * states) * V;
         float *accB = s.accB + t * states * V, *accC = s.accC + t * states * V;
-        vf dwrite = {}, dstep = {};
+        vf dwrite = {}, dstep = {}, a = load(decays);
         for (int64_t n = 0; n < states; ++n) {
+            if constexpr (!Alike) a = load(decays + n * V);
             const vf dh = load(tile.dstate + n * V) + dy * Ct[n];
             store(accC + n * V, load(accC + n * V) + dy * load(after + n * V));
             store(accB + n * V, load(accB + n * V) + dh * write);
             dwrite += dh * Bt[n];
-            const vf entering = dh * load(a + n * V), dexponent = entering * load(before + n * V);
+            const vf entering = dh * a, dexponent = entering * load(before + n * V);
             store(tile.dstate + n * V, entering);
-            dstep += dexponent * load(tile.decay + n * V);
-            store(tile.dA + n * V, load(tile.dA + n * V) + dexponent * step);
+            if constexpr (Alike) {
+                dstep += dexponent;
+            } else {
+                dstep += dexponent * load(tile.decay + n * V);
+                store(tile.dA + n * V, load(tile.dA + n * V) + dexponent * step);
+            }
+        }
+        if constexpr (Alike) {
+            store(tile.dA, load(tile.dA) + dstep * step);
+            dstep *= load(tile.decay);
         }
         const vf ddelta = (dstep * to_natural + dwrite * u) * load(s.slope + t * V);
         store(s.du + t * V, dwrite * step + dy * skip);
@@ -369,7 +406,8 @@ FN void backward(const ScanCall& call, const Unit& unit) {
         const int32_t* order = call.order ? call.order + group * call.length : nullptr;
         const int64_t offset = unit.batch * call.channels + group * per_group;
         for (const Tile& tile : tiles) {
-            load_states(call.A + (group * per_group + tile.channel) * states, tile.count, states, kLog2E, tile.decay);
+            load_states(call.A + (group * per_group + tile.channel) * call.decays, tile.count, call.decays, kLog2E,
+                        tile.decay);
             if (call.dlast)
                 load_states(call.dlast + (offset + tile.channel) * states, tile.count, states, 1.0f, tile.dstate);
             else
@@ -388,14 +426,14 @@ FN void backward(const ScanCall& call, const Unit& unit) {
             for (const Tile& tile : tiles) {
                 const int64_t channel = group * per_group + tile.channel;
                 const int64_t in = call.shared ? tile.channel : channel, out = call.summed ? tile.channel : channel;
-                load_tile(call.delta, unit.batch, channel, tile.count, order, start, steps, s.delta);
+                load_delta(call, unit.batch, channel, tile.count, order, start, steps, s.delta);
                 load_tile(call.u, unit.batch, in, tile.count, order, start, steps, s.u);
                 load_tile(call.dy, unit.batch, out, tile.count, order, start, steps, s.dy);
                 make_delta(call, load_channels(call.bias ? call.bias + channel : nullptr, tile.count), steps, s.delta,
                            s.slope);
                 std::memcpy(s.h, checkpoint(call, unit.batch, chunk, tile_index(call, group, tile.channel)),
                             states * sizeof(vf));
-                recompute_chunk(call, steps, tile, s);
+                (call.decays == 1 ? recompute_chunk<true> : recompute_chunk<false>)(call, steps, tile, s);
                 const vf skip = load_channels(call.D ? call.D + channel : nullptr, tile.count);
                 const bool add = group > unit.group;  // only where the unit owns all groups: u is shared
                 if (call.z.data) {
@@ -403,7 +441,7 @@ FN void backward(const ScanCall& call, const Unit& unit) {
                     backward_gate(call, skip, steps, s);
                     store_tile(call.dz, unit.batch, out, tile.count, order, start, steps, call.summed && add, s.dz);
                 }
-                backward_chunk(call, steps, skip, tile, s);
+                (call.decays == 1 ? backward_chunk<true> : backward_chunk<false>)(call, steps, skip, tile, s);
                 store_tile(call.ddelta, unit.batch, channel, tile.count, order, start, steps, false, s.slope);
                 store_tile(call.du, unit.batch, in, tile.count, order, start, steps, add, s.du);
             }
@@ -418,7 +456,7 @@ FN void backward(const ScanCall& call, const Unit& unit) {
             }
         }
         for (const Tile& tile : tiles) {
-            store_states(tile.dA, tile.count, states, call.dA + (offset + tile.channel) * states);
+            store_states(tile.dA, tile.count, call.decays, call.dA + (offset + tile.channel) * call.decays);
             std::memcpy(call.dD + offset + tile.channel, tile.dD, tile.count * sizeof(float));
             std::memcpy(call.dbias + offset + tile.channel, tile.dbias, tile.count * sizeof(float));
         }
