@@ -9,7 +9,6 @@ skips what is already there and continues what was interrupted.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import statistics
 from collections.abc import Callable, Mapping
@@ -24,21 +23,21 @@ from ens.config import ConfigError, StudyConfig, open_run, parse_choices, save_r
 from ens.data.folders import load_pairs
 from ens.data.images import ImageError, Photo, read_photo, to_float, to_pixels, write_photo
 from ens.data.pairs import Patches, ValidationSet, load_validation_set
-from ens.data.tasks import Protocol, Task, create_task, find_protocol
+from ens.data.tasks import Task, create_task, find_protocol
 from ens.distill.blockwise import distill_library
 from ens.distill.library import BUILTIN, Library, LibraryError, create_library, open_library
 from ens.distill.losses import TaughtLoss, l1_loss
 from ens.distill.training import Phase, Progress, start_processes, train_network
-from ens.evaluate.cost import CostTable, build_cost_table, count_cost
+from ens.evaluate.cost import build_cost_table, count_cost
 from ens.evaluate.crops import draw_crops
-from ens.evaluate.evaluator import Evaluator, evaluate_restorer
-from ens.evaluate.metrics import Score, score_input
+from ens.evaluate.evaluator import Evaluation, Evaluator, evaluate_restorer, mean_psnr_db
+from ens.evaluate.metrics import score_input
 from ens.export.formats import export_onnx, write_card
 from ens.export.hybrid import build_hybrid, load_hybrid, open_network, read_facts, save_hybrid
 from ens.networks import create_network
 from ens.networks.checkpoints import load_checkpoint, save_checkpoint
 from ens.networks.slots import build_space
-from ens.networks.steps import Network, create_filling
+from ens.networks.steps import Network
 from ens.pareto.archive import Archive, acquire_lock, open_archive, read_archive
 from ens.pareto.report import write_csv, write_markdown, write_png, write_report
 from ens.pareto.selection import Front, pick_genotype, select_front
@@ -46,7 +45,7 @@ from ens.runtime.session import open_session, restore_files
 from ens.search import create_engine
 from ens.search.loop import run_search
 from ens.search.objectives import add_objectives, reference_point
-from ens.space import Choice, Genotype, Measurement, SearchSpace, format_genotype
+from ens.space import Genotype, Measurement, SearchSpace, format_genotype
 
 
 class Interrupted(RuntimeError):
@@ -126,7 +125,7 @@ def search(study: StudyConfig, out: Path, control: Control = QUIET, *, storage: 
     settings = study.search
     manifest = {"study": study.name, "seed": study.seed, "engine": settings.engine, "batch_size": settings.batch_size,
                 "protocol": _task(study).protocol.name, "data": str(images.fingerprint),
-                "library": _library_hash(library, space), "teacher_psnr_db": statistics.fmean(teacher.psnr_db),
+                "library": library.hash_of(space), "teacher_psnr_db": statistics.fmean(teacher.psnr_db),
                 "reference": list(reference_point(settings.objectives, teacher_values=[
                     _with_objectives(teacher, space, teacher).values[name] for name in settings.objectives]))}
     with open_archive(storage or out / "archive.db", space=space, objectives=settings.objectives,
@@ -191,17 +190,17 @@ def finetune(out: Path, pick: str = "knee", control: Control = QUIET, *, storage
         return path
     hybrid = _build(teacher, space, library, genotype)
     images, protocol = _validation(study, teacher), _task(study).protocol
-    before = _mean_psnr(hybrid, images, protocol)
+    before = mean_psnr_db(hybrid, images, protocol)
     task = _task(study)
     patches = Patches(load_pairs(_train_folder(study), scale=task.scale, channels=teacher.in_channels), task,
                       seed=study.seed + 2)
     teacher.to(_device(study))
     _fit(hybrid, patches, study, "finetune", path.with_suffix(".pt"),
          TaughtLoss(teacher, weight=study.finetune.taught_weight), control,
-         {"genotype": format_genotype(genotype), "library": _library_hash(library, space)})
-    figures = {"psnr_db_before": before, "psnr_db_after": _mean_psnr(hybrid.cpu(), images, protocol),
-               "psnr_db_teacher": _mean_psnr(teacher.cpu(), images, protocol)}
-    save_hybrid(path, hybrid, choices=_replaced(space, genotype),
+         {"genotype": format_genotype(genotype), "library": library.hash_of(space)})
+    figures = {"psnr_db_before": before, "psnr_db_after": mean_psnr_db(hybrid.cpu(), images, protocol),
+               "psnr_db_teacher": mean_psnr_db(teacher.cpu(), images, protocol)}
+    save_hybrid(path, hybrid, choices=space.replaced(genotype),
                 facts=_facts(study, library, space, genotype, images, figures))
     path.with_suffix(".pt").unlink(missing_ok=True)
     return path
@@ -220,11 +219,11 @@ def export(out: Path, pick: str = "knee", control: Control = QUIET, *, storage: 
     tuned = out / "finetune" / f"{name}.safetensors"
     images = _validation(study, teacher)
     hybrid = load_hybrid(tuned) if tuned.exists() else _build(teacher, space, library, genotype)
-    figures = {} if tuned.exists() else {"psnr_db": _mean_psnr(hybrid, images, _task(study).protocol)}
+    figures = {} if tuned.exists() else {"psnr_db": mean_psnr_db(hybrid, images, _task(study).protocol)}
     facts = dict(read_facts(tuned)) if tuned.exists() else _facts(study, library, space, genotype, images, figures)
     target = out / "export" / f"{name}.onnx"
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_hybrid(target.with_suffix(".safetensors"), hybrid, choices=_replaced(space, genotype), facts=facts)
+    save_hybrid(target.with_suffix(".safetensors"), hybrid, choices=space.replaced(genotype), facts=facts)
     parity = export_onnx(hybrid, target, photo=images.images[0].degraded[None], facts=facts)
     write_card(target.with_suffix(".yaml"), {**facts, "onnx_relative_error": f"{parity:.1e}"}, model=target.name)
     control.say(f"export: {target} agrees with PyTorch to {parity:.1e}")
@@ -245,23 +244,6 @@ def restore(model: Path | str, source: Path, target: Path, control: Control = QU
     return restore_files(open_session(model, threads=threads), source, target, tile_px=tile_px, overlap_px=overlap_px,
                          on_event=control.say,
                          on_progress=lambda done, total, name: control.progress("restore", done, total, name))
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of one file on one folder, and what they mean."""
-
-    protocol: str
-    fingerprint: str
-    names: tuple[str, ...]
-    inputs: tuple[Score, ...]
-    outputs: tuple[Score, ...]
-
-    def means(self) -> tuple[float, float, float]:
-        """Mean PSNR in dB and SSIM of the output, and mean PSNR of the input (NaN where sizes differ)."""
-        return (statistics.fmean(score.psnr_db for score in self.outputs),
-                statistics.fmean(score.ssim for score in self.outputs),
-                statistics.fmean(score.psnr_db for score in self.inputs) if self.inputs else float("nan"))
 
 
 def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET, *, protocol: str = "",
@@ -309,7 +291,7 @@ def summarise_space(study: StudyConfig) -> SpaceSummary:
     """Slots, choices and cost range of a study, without any weights where it names no teacher."""
     teacher = _open_network(study.teacher) if study.teacher else _create_network(study)
     space = read_space(study, teacher)
-    costs = _cost_table(teacher, space)
+    costs = build_cost_table(teacher, space)
     return SpaceSummary(space, costs.range("params"), costs.range("macs"))
 
 
@@ -410,25 +392,12 @@ def _evaluator(study: StudyConfig, library: Library) -> tuple[Evaluator, SearchS
                                  for choice in slot.choices[1:])])
     images = _validation(study, teacher)
     evaluator = Evaluator(teacher, space, fillings, images=images, protocol=_task(study).protocol,
-                          costs=_cost_table(teacher, space), device=device)
+                          costs=build_cost_table(teacher, space), device=device)
     return evaluator, space, images
-
-
-def _cost_table(teacher: Network, space: SearchSpace) -> CostTable:
-    return build_cost_table(teacher, [(slot.name, [None, *(
-        create_filling(teacher.slot(slot.name), choice) for choice in slot.choices[1:])]) for slot in space.slots])
 
 
 def _with_objectives(measurement: Measurement, space: SearchSpace, teacher: Measurement) -> Measurement:
     return add_objectives(measurement, space=space, teacher_psnr_db=teacher.psnr_db)
-
-
-def _library_hash(library: Library, space: SearchSpace) -> str:
-    """Identifies the weights a search ran on: the teacher and every surrogate of the space."""
-    used = [f"{slot.name}/{choice.label}" for slot in space.slots for choice in slot.choices[1:]]
-    surrogates = library.surrogates
-    text = " ".join([library.teacher_sha256, *(surrogates[key].sha256 for key in used)])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _picked(study: StudyConfig, out: Path, library: Library, pick: str,
@@ -440,18 +409,9 @@ def _picked(study: StudyConfig, out: Path, library: Library, pick: str,
     return teacher, space, pick_genotype(pick, front=front, space=space)
 
 
-def _replaced(space: SearchSpace, genotype: Genotype) -> dict[str, Choice]:
-    return {slot.name: choice for slot, choice in zip(space.slots, space.choices(genotype), strict=True)
-            if not choice.teacher}
-
-
 def _build(teacher: Network, space: SearchSpace, library: Library, genotype: Genotype) -> Network:
     return build_hybrid(teacher, {name: library.load_surrogate(teacher.slot(name), choice)
-                                  for name, choice in _replaced(space, genotype).items()})
-
-
-def _mean_psnr(network: nn.Module, images: ValidationSet, protocol: Protocol) -> float:
-    return statistics.fmean(score.psnr_db for score in evaluate_restorer(network.eval(), images, protocol))
+                                  for name, choice in space.replaced(genotype).items()})
 
 
 def _facts(study: StudyConfig, library: Library, space: SearchSpace, genotype: Genotype, images: ValidationSet,
@@ -459,7 +419,7 @@ def _facts(study: StudyConfig, library: Library, space: SearchSpace, genotype: G
     """What a hybrid's file says of itself."""
     return {"study": study.name, "genotype": format_genotype(genotype), "task": str(_task(study)),
             "protocol": _task(study).protocol.name, "validation": str(images.fingerprint),
-            "teacher_sha256": library.teacher_sha256, "library_sha256": _library_hash(library, space),
+            "teacher_sha256": library.teacher_sha256, "library_sha256": library.hash_of(space),
             **{slot.name: choice.label for slot, choice in zip(space.slots, space.choices(genotype), strict=True)},
             **{name: f"{value:.3f}" for name, value in figures.items()}}
 

@@ -118,6 +118,11 @@ class SearchSpace:
     def choices(self, genotype: Genotype) -> tuple[Choice, ...]:
         return tuple(slot.choices[index] for slot, index in zip(self.slots, self.check(genotype), strict=True))
 
+    def replaced(self, genotype: Genotype) -> dict[str, Choice]:
+        """Slot name -> choice, for the slots that are not the teacher's own."""
+        return {slot.name: choice for slot, choice in zip(self.slots, self.choices(genotype), strict=True)
+                if not choice.teacher}
+
     def penalty(self, genotype: Genotype) -> float:
         """Transformer usage of a genotype: sum over slots, unitless, smaller is cheaper."""
         return round(sum(self.penalty_teacher if choice.teacher else self.penalty_per_block * choice.depth

@@ -53,8 +53,7 @@ def test_prefix_cache_changes_no_measurement(names: list[str]) -> None:
     net = network()
     space = space_of(net, names, [Choice("conv", 1), Choice("vssd", 1)])
     fillings, photos = fillings_of(net, space), images()
-    costs = build_cost_table(net, [(slot.name, [m for m in row if not isinstance(m, str)])
-                                   for slot, row in zip(space.slots, fillings, strict=True)], height=32, width=32)
+    costs = build_cost_table(net, space, height=32, width=32)
     evaluator = Evaluator(copy.deepcopy(net), space, fillings, images=photos, protocol=PROTOCOL, costs=costs)
     genotypes = list(space.enumerate())
     np.random.default_rng(0).shuffle(genotypes)
@@ -78,7 +77,7 @@ def test_lexicographic_order_runs_each_prefix_once() -> None:
     net = network()
     space = space_of(net, ["encoder_level1", "latent"], [Choice("conv", 1)])
     fillings = fillings_of(net, space)
-    costs = build_cost_table(net, [(slot.name, [None, None]) for slot in space.slots], height=16, width=16)
+    costs = build_cost_table(net, space, height=16, width=16)
     evaluator = Evaluator(net, space, fillings, images=images(1), protocol=PROTOCOL, costs=costs)
     list(evaluator.evaluate(sorted(space.enumerate())))
     first, second, steps = net.slot_step("encoder_level1"), net.slot_step("latent"), len(net.steps)
@@ -92,7 +91,7 @@ def test_what_cannot_be_built_and_nan_are_invalid_measurements() -> None:
     with torch.no_grad():
         for value in broken.parameters():
             value.fill_(float("nan"))
-    costs = build_cost_table(net, [("latent", [None, None, None])], height=16, width=16)
+    costs = build_cost_table(net, space, height=16, width=16)
     evaluator = Evaluator(net, space, [[None, broken, "vssd×1 of latent failed"]], images=images(1), protocol=PROTOCOL,
                           costs=costs)
     teacher, nan, missing = evaluator.evaluate([(0,), (1,), (2,)])
@@ -120,9 +119,7 @@ def test_restormer_macs_are_those_counted_by_hand() -> None:
 def test_cost_ranges_bound_every_genotype() -> None:
     net = network()
     space = space_of(net, ["latent", "refinement"], [Choice("conv", 1), Choice("vssd", 2)])
-    fillings = fillings_of(net, space)
-    table = build_cost_table(net, [(slot.name, [m for m in row if not isinstance(m, str)])
-                                   for slot, row in zip(space.slots, fillings, strict=True)], height=16, width=16)
+    table = build_cost_table(net, space, height=16, width=16)
     for name in ("params", "macs"):
         values = [table.costs(genotype)[name] for genotype in itertools.product(range(3), range(3))]
         assert table.range(name) == (min(values), max(values))

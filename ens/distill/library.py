@@ -6,6 +6,7 @@ name and renamed, the manifest last, so a library is whole after any crash.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from ens.data.images import write_atomic
 from ens.networks import create_network
 from ens.networks.checkpoints import hash_weights
 from ens.networks.steps import Network, SlotSpec, create_filling
-from ens.space import Choice
+from ens.space import Choice, SearchSpace
 
 FORMAT = 1
 BUILTIN = "builtin:"
@@ -72,6 +73,12 @@ class Library:
     def surrogates(self) -> dict[str, Surrogate]:
         """By `slot/choice`, in the order they were stored; failed ones included."""
         return {key: Surrogate(**entry) for key, entry in self.manifest["surrogates"].items()}
+
+    def hash_of(self, space: SearchSpace) -> str:
+        """Identifies the weights a search of this space runs on: the teacher's and every surrogate's."""
+        stored = self.surrogates
+        used = [stored[f"{slot.name}/{choice.label}"].sha256 for slot in space.slots for choice in slot.choices[1:]]
+        return hashlib.sha256(" ".join([self.teacher_sha256, *used]).encode()).hexdigest()
 
     def has(self, slot: str, choice: Choice) -> bool:
         """Whether this surrogate is done: stored, or marked failed."""

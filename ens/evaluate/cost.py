@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ens.networks.steps import Network
+from ens.networks.steps import Network, create_filling
+from ens.space import SearchSpace
 
 
 @dataclass(frozen=True)
@@ -87,20 +88,16 @@ class CostTable:
                 float(self._rest[index] + sum(max(entry[index] for entry in row) for row in self._entries)))
 
 
-def build_cost_table(network: Network, slots: Sequence[tuple[str, Sequence[nn.Module | None]]], *, height: int = 256,
-                     width: int = 256) -> CostTable:
-    """Count every filling of every slot once, for an image of this size.
-
-    `slots` names each slot and the modules of its choices; None stands for the teacher's own.
-    """
+def build_cost_table(network: Network, space: SearchSpace, *, height: int = 256, width: int = 256) -> CostTable:
+    """Count every choice of every slot once, for an image of this size."""
     total = count_cost(network, (1, network.in_channels, height, width))
     rest = (total.params, total.macs)
     entries: list[list[tuple[int, int]]] = []
-    for name, modules in slots:
-        spec = network.slot(name)
+    for slot in space.slots:
+        spec = network.slot(slot.name)
         shape = (1, spec.channels, height // spec.downscale, width // spec.downscale)
-        own = network.get_submodule(spec.module)
-        counted = [count_cost(own if module is None else module, shape) for module in (None, *modules)]
+        modules = [network.get_submodule(spec.module), *(create_filling(spec, choice) for choice in slot.choices[1:])]
+        counted = [count_cost(module, shape) for module in modules]
         rest = (rest[0] - counted[0].params, rest[1] - counted[0].macs)
-        entries.append([(cost.params, cost.macs) for cost in counted[1:]])
+        entries.append([(cost.params, cost.macs) for cost in counted])
     return CostTable(rest=rest, entries=entries)

@@ -6,7 +6,9 @@ Shapes: images (C, H, W) float32; one image at a time goes through the network a
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -88,6 +90,23 @@ class Evaluator:
         return state["x"][0, :, :shape[-2], :shape[-1]].cpu()
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one file on one folder, and what they mean."""
+
+    protocol: str
+    fingerprint: str
+    names: tuple[str, ...]
+    inputs: tuple[Score, ...]
+    outputs: tuple[Score, ...]
+
+    def means(self) -> tuple[float, float, float]:
+        """Mean PSNR in dB and SSIM of the output, and mean PSNR of the input (NaN where sizes differ)."""
+        return (statistics.fmean(score.psnr_db for score in self.outputs),
+                statistics.fmean(score.ssim for score in self.outputs),
+                statistics.fmean(score.psnr_db for score in self.inputs) if self.inputs else float("nan"))
+
+
 def evaluate_restorer(restore: Callable[[torch.Tensor], torch.Tensor], images: ValidationSet, protocol: Protocol, *,
                       on_progress: Callable[[int, int], None] | None = None) -> list[Score]:
     """PSNR and SSIM of every image for anything that maps (1, C, H, W) to (1, C, scale·H, scale·W)."""
@@ -98,3 +117,8 @@ def evaluate_restorer(restore: Callable[[torch.Tensor], torch.Tensor], images: V
             if on_progress is not None:
                 on_progress(done, len(images.images))
     return scores
+
+
+def mean_psnr_db(network: nn.Module, images: ValidationSet, protocol: Protocol) -> float:
+    """Mean over the images of the PSNR of a network in evaluation mode."""
+    return statistics.fmean(item.psnr_db for item in evaluate_restorer(network.eval(), images, protocol))
