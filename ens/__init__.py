@@ -45,7 +45,6 @@ _MODULES = {
     "read_archive": "ens.pareto.archive",
     "select_front": "ens.pareto.selection",
     "wrap_network": "ens.networks.wrap",
-    "wrap_network": "ens.networks.wrap",
 }
 
 __all__ = ["__version__", *_MODULES]
