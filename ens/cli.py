@@ -6,6 +6,7 @@ Results go to standard output; progress, remarks and errors to standard error. E
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shlex
@@ -83,6 +84,7 @@ _stop = Stop()
 
 def main() -> None:
     """Entry point of the `ens` command: one sentence and an exit code for whatever goes wrong."""
+    _keep_freed_memory()
     signal.signal(signal.SIGINT, _stop.handle)
     signal.signal(signal.SIGTERM, _stop.handle)
     try:
@@ -93,6 +95,19 @@ def main() -> None:
         if os.environ.get("ENS_TRACEBACK"):
             raise
         sys.exit(_report_error(error))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what tensors free instead of returning every page to the kernel and faulting it in again.
+
+    Large activations are otherwise mapped afresh for each operator: Restormer's forward on a 480×320 photo took 2.5
+    times as long. Other C libraries have no mallopt and need none.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_mmap_max, 0)
 
 
 def _report_stop() -> int:
