@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ens.blocks import FAMILIES, create_stack, family_options
 
-EDGE = ("restormer", "vssd", "ssd", "conv")
+EXPORTED = ("restormer", "vssd", "ssd", "conv", "mambair")
 
 
 def make_stack(family: str, channels: int = 32, depth: int = 1) -> nn.Sequential:
@@ -87,7 +87,7 @@ def test_wrong_requests_name_what_is_allowed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", EDGE)
+@pytest.mark.parametrize("family", EXPORTED)
 def test_block_exports_with_dynamic_height_and_width(family: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     stack = make_stack(family).eval()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.scan import scan as torch_scan
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
@@ -124,24 +126,51 @@ def _chunked_gradients(inputs: ScanInputs, dy: Tensor, dlast: Tensor) -> list[Te
     return [None if leaf is None else next(grads) for leaf in leaves]
 
 
+def scan_for_export(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """The scan with `torch.scan` over the steps: an exporter writes it as one loop, ONNX as one Scan operator.
+
+    Correct for any length, and slow: some ten small operators a step. No gradients. y, last state (B, D, N).
+    """
+    return _scan_with(_scan_steps, inputs)
+
+
 def scan_chunked(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """The scan in PyTorch operators: every device and float type, differentiable. y, last state (B, D, N)."""
+    return _scan_with(_scan_groups, inputs)
+
+
+def _scan_with(scan: Callable[..., tuple[Tensor, Tensor]], inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Everything around the recurrence: Δ, orders, skip, sum over the groups, gate."""
     u, delta, A, B, C, D, z, delta_bias, order, shared, summed, delta_softplus = inputs
     groups = B.shape[1]
     grouped = u[:, None].expand(-1, groups, -1, -1) if shared else u.unflatten(1, (groups, -1))
     steps = delta if delta_bias is None else delta + delta_bias[:, None]
     steps = (F.softplus(steps) if delta_softplus else steps).unflatten(1, (groups, -1))
     if order is None:
-        y, last = _scan_groups(grouped, steps, A, B, C)
+        y, last = scan(grouped, steps, A, B, C)
     else:
         index = order.long()
         ordered = [torch.stack([m[:, g][..., index[g]] for g in range(groups)], 1) for m in (grouped, steps, B, C)]
-        y, last = _scan_groups(ordered[0], ordered[1], A, ordered[2], ordered[3])
+        y, last = scan(ordered[0], ordered[1], A, ordered[2], ordered[3])
         y = torch.stack([y[:, g][..., invert_order(index[g])] for g in range(groups)], 1)
     if D is not None:
         y = y + grouped * D.view(groups, -1, 1)
     y = y.sum(1) if summed else y.flatten(1, 2)
     return (y if z is None else y * F.silu(z)), last
+
+
+def _scan_steps(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """One step after the other; shapes as for `_scan_groups`."""
+    A_ = A.view(*u.shape[1:3], -1)
+
+    def step(state: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        u_t, delta_t, B_t, C_t = now
+        state = torch.exp(delta_t[..., None] * A_) * state + (delta_t * u_t)[..., None] * B_t[:, :, None]
+        return state, (state * C_t[:, :, None]).sum(-1)
+
+    first = u.new_zeros(*u.shape[:3], A.shape[1])
+    last, y = torch_scan(step, first, tuple(m.movedim(-1, 0) for m in (u, delta, B, C)))
+    return y.movedim(0, -1), last.flatten(1, 2)
 
 
 def _scan_groups(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ens.ops.native import ScanInputs, load_kernels
-from ens.ops.scan_op import scan_chunked, scan_op, uses_kernel
+from ens.ops.scan_op import scan_chunked, scan_for_export, scan_op, uses_kernel
 from ens.ops.scan_order import invert_order
 
 
@@ -133,7 +133,9 @@ def _run(given: _Inputs, *, delta_softplus: bool, order: Tensor | None = None,
     A = A.contiguous()
     D, delta_bias = (m if m is None else m.contiguous() for m in (D, delta_bias))
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, order is not None, merge, delta_softplus)
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not uses_kernel(u):
+    if torch.compiler.is_exporting():
+        y, last = scan_for_export(inputs)
+    elif torch.compiler.is_compiling() and not uses_kernel(u):
         y, last = scan_chunked(inputs)
     else:
         keep = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in given)
