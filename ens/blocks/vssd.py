@@ -35,10 +35,11 @@ class NonCausalMixer(nn.Module):
         hidden, states = self.hidden, self.states
         projected = self.project_in(self.norm(x))
         gate, mixed = projected[:, :hidden], self.dwconv(projected[:, hidden:])
+        # Sliced before flattened: the exporter then cuts the convolutions apart instead of slicing what they give.
         value = mixed[:, :hidden]
-        flat = mixed.flatten(2)
-        write, read = flat[:, hidden:hidden + states], flat[:, hidden + states:hidden + 2 * states]
-        weight = torch.softmax(flat[:, hidden + 2 * states:], dim=-1)
+        write = mixed[:, hidden:hidden + states].flatten(2)
+        read = mixed[:, hidden + states:hidden + 2 * states].flatten(2)
+        weight = torch.softmax(mixed[:, hidden + 2 * states:].flatten(2), dim=-1)
         seen = ssd_noncausal(value.flatten(2).unflatten(1, (self.heads, -1)), weight, write, read)
         return self.project_out((seen.reshape(value.shape) + value * self.skip) * gate)
 

@@ -25,6 +25,7 @@ from torch.export import Dim
 from ens.blocks.directions import DirectionalScan
 from ens.blocks.vimm import MambaMixer
 from ens.data.images import write_atomic
+from ens.export.graph import tidy_graph
 from ens.networks.steps import Network, pad_to_multiple
 
 ONNX_FORMAT = "ens onnx 1"
@@ -108,6 +109,7 @@ def _convert(network: Network, metadata: Mapping[str, str]) -> bytes:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise ExportError(f"the network cannot be exported to ONNX: {reason}") from error
     assert program is not None
+    tidy_graph(program.model)
     program.model.metadata_props.update(metadata)
     return bytes(program.model_proto.SerializeToString())
 
