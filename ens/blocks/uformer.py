@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 
@@ -93,7 +94,15 @@ class UformerBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
+        # While a graph is exported, sides that are known to fit must not become padding by an expression in symbols.
+        fits = statically_known_true(height % self.window == 0) and statically_known_true(width % self.window == 0)
+        if fits:
+            return self._attend_padded(x)
         x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))
+        return self._attend_padded(x)[:, :height, :width]
+
+    def _attend_padded(self, x: Tensor) -> Tensor:
+        """Attention inside the windows of a map whose sides are multiples of the window, (B, H, W, C) -> same."""
         mask = None
         if self.offset:
             x = x.roll((-self.offset, -self.offset), (1, 2))
@@ -102,15 +111,15 @@ class UformerBlock(nn.Module):
         if self.modulator is not None:
             windows = windows + self.modulator.weight
         x = join_windows(self.attn(windows, mask), self.window, x.shape)
-        if self.offset:
-            x = x.roll((self.offset, self.offset), (1, 2))
-        return x[:, :height, :width]
+        return x.roll((self.offset, self.offset), (1, 2)) if self.offset else x
 
     def _separate_regions(self, x: Tensor) -> Tensor:
         """−100 between pixels that the shift has brought into one window from opposite borders: (W, N, N)."""
-        sides = [torch.arange(side, device=x.device) for side in x.shape[1:3]]
-        y, x_ = ((at >= len(at) - self.window).int() + (at >= len(at) - self.offset).int() for at in sides)
-        region = split_windows((3 * y[:, None] + x_)[None, ..., None], self.window)[..., 0]
+        regions = []
+        for side in x.shape[1:3]:
+            at = torch.arange(side, device=x.device)
+            regions.append((at >= side - self.window).int() + (at >= side - self.offset).int())
+        region = split_windows((3 * regions[0][:, None] + regions[1])[None, ..., None], self.window)[..., 0]
         return (region[:, None] != region[:, :, None]).to(x.dtype) * -100.0
 
 
