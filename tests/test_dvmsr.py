@@ -7,8 +7,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ens import pipeline
 from ens.blocks import create_stack
 from ens.blocks.vimm import ViMMBlock
+from ens.data.tasks import create_task
 from ens.networks import create_network
 from ens.networks.checkpoints import load_checkpoint
 from ens.networks.dvmsr import DVMSR, infer_options
@@ -100,3 +102,12 @@ def test_released_file_opens_with_its_ema_weights() -> None:
     network, ramp = load_checkpoint(CHECKPOINT), torch.arange(3 * 8 * 12).view(1, 3, 8, 12)
     with torch.no_grad():
         assert torch.equal(network(ramp / 288), load_released("params_ema")(ramp / 288))
+
+
+@pytest.mark.slow
+@needs_checkpoint
+@pytest.mark.skipif(not (SHARED / "data" / "set5").is_dir(), reason="../shared/data/set5 is absent")
+def test_released_weights_reach_their_figure_on_set5() -> None:
+    result = pipeline.evaluate(CHECKPOINT, str(SHARED / "data" / "set5"), create_task("sr_x4"))
+    psnr_db, ssim, _ = result.means()
+    assert result.protocol == "sr-y" and 32.1 < psnr_db < 32.3 and abs(ssim - 0.8955) < 1e-3
