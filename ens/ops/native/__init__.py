@@ -103,6 +103,8 @@ def scan_forward(inputs: ScanInputs, *, keep: bool, lanes: int = 0) -> tuple[Ten
 def scan_backward(inputs: ScanInputs, checkpoints: Tensor, dy: Tensor, dlast: Tensor | None, *,
                   lanes: int = 0) -> tuple[Tensor, ...]:
     """Gradients of u, delta, A, B and C as (B, G, L, N), D, z and delta_bias; z's is empty without z."""
+    if checkpoints.numel() == 0:
+        raise ValueError("the forward pass kept no states (keep=False), so there is nothing to go back through")
     batch, channels, decays = inputs.delta.shape[0], *inputs.A.shape
     groups, states, length = inputs.B.shape[1:]
     call = _make_call(inputs, lanes)
