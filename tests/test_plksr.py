@@ -3,13 +3,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ens import pipeline
 from ens.blocks import create_stack
 from ens.blocks.plk import PLKBlock
+from ens.config import load_study
+from ens.data.images import Photo, read_photo, write_photo
 from ens.networks import create_network
 from ens.networks.plksr import PLKSR, infer_options
 
@@ -107,3 +111,26 @@ def test_wrong_options_name_what_is_allowed() -> None:
         PLKBlock(16, ccm_type="MLP")
     with pytest.raises(ValueError, match="odd"):
         PLKBlock(16, kernel_size=4)
+
+
+STUDY = """
+task: {name: sr, upscale: 4}
+network: {name: plksr, dim: 16, n_blocks: 3, kernel_size: 5, upscaling_factor: 4}
+slots: {block1: [conv×1, identity×1], block2: [vssd×1(state=4)], block3: [{family: plk, kernel_size: 3}]}
+data: {train: "builtin:photos", validation: "builtin:photos", crop_px: 64, limit: 1}
+train: {steps: 2, phases: [[0, 16, 2]]}
+distill: {steps: 2, batch_size: 2, patch_px: 16}
+search: {engine: exhaustive, objectives: [psnr_drop_db, macs], budget: 12, batch_size: 12}
+finetune: {steps: 2, phases: [[0, 16, 2]], taught_weight: 0.5}
+"""
+
+
+@pytest.mark.slow
+def test_the_whole_road_ends_with_a_file_that_enlarges_a_photo_of_odd_size(tmp_path: Path) -> None:
+    (tmp_path / "plksr.yaml").write_text(STUDY, encoding="utf-8")
+    onnx = pipeline.run(load_study(tmp_path / "plksr.yaml"), tmp_path / "run", pick="1-1-0")
+    rng = np.random.default_rng(0)
+    write_photo(tmp_path / "small.png", Photo(rng.integers(0, 256, (35, 41, 3), dtype=np.uint8)))
+    for name, tile_px in (("whole.png", None), ("tiled.png", 24)):
+        assert not pipeline.restore(onnx, tmp_path / "small.png", tmp_path / name, tile_px=tile_px, overlap_px=8)
+        assert read_photo(tmp_path / name).pixels.shape == (140, 164, 3)
