@@ -6,7 +6,6 @@ Results go to standard output; progress, remarks and errors to standard error. E
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import shlex
@@ -26,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 import ens
+from ens.runtime.memory import keep_freed_memory
 from ens.space import format_genotype
 
 # What needs PyTorch is imported inside the verbs, so that `ens --help` answers at once.
@@ -84,7 +84,7 @@ _stop = Stop()
 
 def main() -> None:
     """Entry point of the `ens` command: one sentence and an exit code for whatever goes wrong."""
-    _keep_freed_memory()
+    keep_freed_memory()
     signal.signal(signal.SIGINT, _stop.handle)
     signal.signal(signal.SIGTERM, _stop.handle)
     try:
@@ -95,19 +95,6 @@ def main() -> None:
         if os.environ.get("ENS_TRACEBACK"):
             raise
         sys.exit(_report_error(error))
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what tensors free instead of returning every page to the kernel and faulting it in again.
-
-    Large activations are otherwise mapped afresh for each operator: Restormer's forward on a 480×320 photo took 2.5
-    times as long. Other C libraries have no mallopt and need none.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_max = -1, -4
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_max, 0)
 
 
 def _report_stop() -> int:
@@ -294,11 +281,8 @@ def restore(
 
 
 @app.command()
-def degrade(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Clean image.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="Image to write.")],
-    task: Task,
-) -> None:
+def degrade(source: Annotated[Path, typer.Argument(metavar="IN", help="Clean image.")],
+            target: Annotated[Path, typer.Argument(metavar="OUT", help="Image to write.")], task: Task) -> None:
     """Write what a task's validation would make of a clean image: something to restore."""
     from ens import pipeline
     from ens.data.tasks import create_task
@@ -367,10 +351,9 @@ def info() -> None:
     from ens.search import ENGINES
     from ens.search.objectives import OBJECTIVES
 
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    gpus = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     rows = {"ens": ens.__version__, "python": sys.version.split()[0], "torch": torch.__version__,
-            "onnxruntime": onnxruntime.__version__, "threads": str(torch.get_num_threads()),
-            "GPU": ", ".join(devices) or "none",
+            "onnxruntime": onnxruntime.__version__, "threads": str(torch.get_num_threads()), "GPU": gpus or "none",
             **{f"scan on {device}": path for device, path in scan_backends().items()},
             "networks": ", ".join(ens.NETWORKS), "families": ", ".join(ens.FAMILIES), "tasks": ", ".join(TASKS),
             "protocols": ", ".join(PROTOCOLS), "engines": ", ".join(ENGINES), "objectives": ", ".join(OBJECTIVES)}
