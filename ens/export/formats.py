@@ -30,6 +30,7 @@ from ens.networks.steps import Network, pad_to_multiple
 
 ONNX_FORMAT = "ens onnx 1"
 OPSET = 20
+"""GELU is one operator from here on; below it ONNX Runtime is a tenth slower, above it is not faster (measured)."""
 _LARGEST_SIDE = 65536
 _LARGEST_PHOTO_PX = 512
 
