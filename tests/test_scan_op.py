@@ -174,6 +174,14 @@ def test_missing_kernel_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
         selective_scan(u, u.abs(), A, B, B)
 
 
+def test_bad_orders_raise(path: str) -> None:
+    inputs = directional()
+    with pytest.raises(ValueError, match="order"):
+        selective_scan_directions(**{**inputs, "order": inputs["order"][:3]})
+    with pytest.raises((ValueError, IndexError)):
+        selective_scan_directions(**{**inputs, "order": inputs["order"] + 1})
+
+
 @needs_kernel
 def test_threads_change_nothing_but_rounding() -> None:
     inputs = ScanInputs(normal(1, 48, 2000), normal(1, 48, 2000).abs(), -torch.exp(normal(48, 16)),

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.scan import scan as torch_scan
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
@@ -161,6 +160,8 @@ def _scan_with(scan: Callable[..., tuple[Tensor, Tensor]], inputs: ScanInputs) -
 
 def _scan_steps(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """One step after the other; shapes as for `_scan_groups`."""
+    from torch._higher_order_ops.scan import scan as torch_scan  # not public yet, so needed by exports alone
+
     A_ = A.view(*u.shape[1:3], -1)
 
     def step(state: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

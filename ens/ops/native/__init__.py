@@ -142,6 +142,9 @@ def _strided(tensor: Tensor | None) -> _ScanTensor:
 
 def _make_call(inputs: ScanInputs, lanes: int) -> _ScanCall:
     (channels, decays), (batch, groups, states, length) = inputs.A.shape, inputs.B.shape
+    if inputs.order is not None and not (0 <= int(inputs.order.min()) <= int(inputs.order.max()) < length):
+        raise ValueError(f"order holds numbers from 0 to {length - 1}, got {int(inputs.order.min())} to "
+                         f"{int(inputs.order.max())}")
     # Below this much work a thread costs more than it saves.
     threads = max(1, min(torch.get_num_threads(), batch * channels * length * states >> 17))
     units = batch * (1 if inputs.shared else groups)
