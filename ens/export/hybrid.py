@@ -83,7 +83,7 @@ def _read_choice(entry: Mapping[str, Any]) -> Choice:
 
 def read_facts(path: str | Path) -> dict[str, str]:
     """Facts stored beside the weights by `save_hybrid` or `save_checkpoint`, without the network's description."""
-    return {key: value for key, value in read_metadata(path).items() if key not in _DESCRIPTION}
+    return {key: value for key, value in sorted(read_metadata(path).items()) if key not in _DESCRIPTION}
 
 
 def open_network(path: str | Path) -> Network:
