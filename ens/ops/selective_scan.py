@@ -69,10 +69,11 @@ def selective_scan_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tenso
     B_BDNL, C_BDNL = (m.repeat_interleave(u.shape[1] // m.shape[1], 1) for m in (B_BGNL, C_BGNL))
     state = u_BDL.new_zeros(u.shape[0], *A.shape)
     steps = []
-    for t in range(u.shape[2]):
-        step_BD1 = delta_BDL[:, :, t, None]
-        state = torch.exp(step_BD1 * A_DN) * state + step_BD1 * B_BDNL[..., t] * u_BDL[:, :, t, None]
-        steps.append((state * C_BDNL[..., t]).sum(-1))
+    # unbind, not an index a step: the gradient of an index is as large as what it indexes.
+    for u_BD, delta_BD, B_BDN, C_BDN in zip(*(m.unbind(-1) for m in (u_BDL, delta_BDL, B_BDNL, C_BDNL)), strict=True):
+        step_BD1 = delta_BD[..., None]
+        state = torch.exp(step_BD1 * A_DN) * state + step_BD1 * B_BDN * u_BD[..., None]
+        steps.append((state * C_BDN).sum(-1))
     y = torch.stack(steps, -1)
     y = y if D is None else y + u_BDL * D[:, None]
     y = (y if z is None else y * F.silu(z)).to(u.dtype)
