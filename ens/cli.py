@@ -323,20 +323,21 @@ def evaluate(
 @app.command()
 def spaces(studies: Annotated[list[str] | None, typer.Argument(
         metavar="[SPACE.yaml]...", help="Studies to list; the shipped ones by default.")] = None) -> None:
-    """List studies: slots, choices, genotypes, and the range of parameters and multiply-adds."""
+    """List studies: slots × choices, genotypes, and the range of parameters and multiply-adds."""
     from ens.config import shipped_spaces
     from ens.pareto.selection import format_value
     from ens.pipeline import summarise_space
 
-    table = _table(("space",), ("slots", "choices", "genotypes", "surrogates", "parameters", "MACs at 256²"))
+    table = _table(("space",), ("slots", "genotypes", "surrogates", "params", "MACs 256²"))
+    table.columns[0].no_wrap = True
     for name in studies or map(str, shipped_spaces()):
         summary = summarise_space(_load_study(name, None))
         space, sizes = summary.space, summary.space.sizes
         ranges = [f"{format_value(key, low)} – {format_value(key, high)}"
                   for key, (low, high) in (("params", summary.params), ("macs", summary.macs))]
-        choices = f"{min(sizes)} – {max(sizes)}" if min(sizes) != max(sizes) else f"{sizes[0]}"
-        table.add_row(space.name, f"{len(sizes)}", choices, f"{space.num_genotypes:,}", f"{space.num_surrogates}",
-                      *ranges)
+        choices = f"{min(sizes)}–{max(sizes)}" if min(sizes) != max(sizes) else f"{sizes[0]}"
+        count = f"{space.num_genotypes:,}" if space.num_genotypes < 1e9 else f"{space.num_genotypes:.1e}"
+        table.add_row(space.name, f"{len(sizes)} × {choices}", count, f"{space.num_surrogates}", *ranges)
     _out.print(table)
 
 
