@@ -183,8 +183,7 @@ def run(study: Study, out: Out, pick: Pick = "knee", teacher: Teacher = None, st
         model = pipeline.run(_load_study(study, changes, teacher), out, control, pick=pick, storage=storage)
     archive = read_archive(storage or out / "archive.db")
     _print_front(select_front(archive.measurements(), archive.objectives), archive)
-    _say(f"\nThe front as a page: {out / 'report.html'}\nExported: {model}\n"
-         f"Use it:   ens restore {model} photo.png restored.png")
+    _say(f"\nPage:     {out / 'report.html'}\nExported: {model}\nUse it:   ens restore {model} photo.png restored.png")
 
 
 @app.command()
@@ -255,7 +254,7 @@ def export(run: Run, pick: Pick = "knee", storage: Storage = "") -> None:
 
     with _reporting() as control:
         path = pipeline.export(run, pick, control, storage=storage)
-    _say(f"Exported: {path}\nUse it:   ens restore {path} photo.png restored.png")
+    _say(f"Exported: {path}")
 
 
 @app.command()
@@ -329,7 +328,8 @@ def spaces(studies: Annotated[list[str] | None, typer.Argument(
     from ens.pipeline import summarise_space
 
     table = _table(("space",), ("slots", "genotypes", "surrogates", "params", "MACs 256²"))
-    table.columns[0].no_wrap = True
+    for column in table.columns[:4]:
+        column.no_wrap = True
     for name in studies or map(str, shipped_spaces()):
         summary = summarise_space(_load_study(name, None))
         space, sizes = summary.space, summary.space.sizes
