@@ -306,17 +306,19 @@ def evaluate(
     from ens.data.tasks import create_task
 
     with _reporting() as control:
-        result = pipeline.evaluate(checkpoint, data, create_task(task), control, protocol=protocol, crop_px=crop,
-                                   limit=limit, threads=threads)
-    table = _table(("image",), (*(("input dB",) if result.inputs else ()), "PSNR dB", "SSIM"))
-    for index, (name, score) in enumerate(zip(result.names, result.outputs, strict=True)):
-        before = (f"{result.inputs[index].psnr_db:.2f}",) if result.inputs else ()
+        results = pipeline.evaluate(checkpoint, data, create_task(task), control, protocol=protocol, crop_px=crop,
+                                    limit=limit, threads=threads)
+    first = results[0]
+    table = _table(("image",), (*(("input dB",) if first.inputs else ()), "PSNR dB", "SSIM"))
+    for index, (name, score) in enumerate(zip(first.names, first.outputs, strict=True)):
+        before = (f"{first.inputs[index].psnr_db:.2f}",) if first.inputs else ()
         table.add_row(name, *before, f"{score.psnr_db:.2f}", f"{score.ssim:.4f}")
     _out.print(table)
-    psnr_db, ssim, input_db = result.means()
-    gain = f" (input {input_db:.2f} dB, gain {psnr_db - input_db:+.2f} dB)" if result.inputs else ""
-    _say(f"protocol {result.protocol}\ndata     {result.fingerprint}\nPSNR     {psnr_db:.2f} dB{gain}\n"
-         f"SSIM     {ssim:.4f}")
+    _say(f"data     {first.fingerprint}")
+    for result in results:
+        psnr_db, ssim, input_db = result.means()
+        gain = f" (input {input_db:.2f} dB, gain {psnr_db - input_db:+.2f} dB)" if result.inputs else ""
+        _say(f"protocol {result.protocol}\nPSNR     {psnr_db:.2f} dB{gain}\nSSIM     {ssim:.4f}")
 
 
 @app.command()

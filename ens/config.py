@@ -41,7 +41,7 @@ class TrainConfig:
     """End-to-end training; `phases` are [first step, patch side in px, batch size], as in progressive training.
 
     The loss is (1 − taught_weight)·L1 to the clean image + taught_weight·L1 to the output of `taught_by`, a checkpoint
-    or `builtin:NAME`; a hybrid is always taught by its own teacher.
+    or `builtin:NAME`; a hybrid is taught by its own teacher unless `taught_by` names another.
     """
 
     steps: int = 300_000
@@ -116,8 +116,6 @@ class StudyConfig:
             raise ConfigError(f"granularity is 'stage' or 'block', got {self.granularity!r}")
         if bool(self.train.taught_by) != bool(self.train.taught_weight):
             raise ConfigError("train.taught_by and train.taught_weight go together: give both or neither")
-        if self.finetune.taught_by:
-            raise ConfigError("finetune.taught_by is not allowed: a hybrid is taught by its own teacher")
         if bool(self.choices) == bool(self.slots):
             raise ConfigError("give either `choices` (for every slot) or `slots` (name: choices), and not both")
 
@@ -150,6 +148,7 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     return dataclasses.replace(
         study, teacher=_resolve(study.teacher, path), library=_resolve(study.library, path),
         train=dataclasses.replace(study.train, taught_by=_resolve(study.train.taught_by, path)),
+        finetune=dataclasses.replace(study.finetune, taught_by=_resolve(study.finetune.taught_by, path)),
         data=dataclasses.replace(study.data, train=_resolve(study.data.train, path),
                                  validation=_resolve(study.data.validation, path)))
 

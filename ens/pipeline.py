@@ -19,24 +19,21 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from ens.config import ConfigError, StudyConfig, open_run, parse_choices, save_run
-from ens.data.folders import load_pairs
+from ens.config import StudyConfig, open_run, save_run
 from ens.data.images import ImageError, Photo, read_photo, to_float, to_pixels, write_photo
 from ens.data.pairs import Patches, ValidationSet, load_validation_set
-from ens.data.tasks import Task, create_task, find_protocol
+from ens.data.tasks import Task, find_protocol
 from ens.distill.blockwise import distill_library
-from ens.distill.library import BUILTIN, Library, LibraryError, create_library, open_library
+from ens.distill.library import BUILTIN, Library, LibraryError, open_library
 from ens.distill.losses import TaughtLoss, l1_loss
 from ens.distill.training import Phase, Progress, start_processes, train_network
 from ens.evaluate.cost import build_cost_table, count_cost
 from ens.evaluate.crops import draw_crops
-from ens.evaluate.evaluator import Evaluation, Evaluator, evaluate_restorer, mean_psnr_db
+from ens.evaluate.evaluator import Evaluation, Evaluator, evaluate_protocols, mean_psnr_db
 from ens.evaluate.metrics import score_input
 from ens.export.formats import export_onnx, write_card
-from ens.export.hybrid import build_hybrid, load_hybrid, open_network, read_facts, save_hybrid
-from ens.networks import create_network
-from ens.networks.checkpoints import load_checkpoint, save_checkpoint
-from ens.networks.slots import build_space
+from ens.export.hybrid import load_hybrid, read_facts, save_hybrid
+from ens.networks.checkpoints import load_checkpoint, remove_state, save_checkpoint
 from ens.networks.steps import Network
 from ens.pareto.archive import Archive, acquire_lock, open_archive, read_archive
 from ens.pareto.report import write_csv, write_markdown, write_png, write_report
@@ -46,6 +43,17 @@ from ens.search import create_engine
 from ens.search.loop import run_search
 from ens.search.objectives import add_objectives, reference_point
 from ens.space import Genotype, Measurement, SearchSpace, format_genotype
+from ens.study import (
+    build_genotype,
+    choose_device,
+    create_study_network,
+    load_patches,
+    load_validation,
+    open_location,
+    open_study_library,
+    read_space,
+    read_task,
+)
 
 
 class Interrupted(RuntimeError):
@@ -68,30 +76,26 @@ def train(study: StudyConfig, out: Path, control: Control = QUIET) -> Network:
     """Bring the teacher: the study's own (checkpoint or `builtin:NAME`), or train one from scratch into `teacher/`."""
     _hold(out)
     save_run(out, study)
+    if study.device == "auto" and choose_device(study) == "cpu":
+        control.say("device: auto takes the CPU, torch sees no GPU")
     if study.teacher:
-        return _open_network(study.teacher)
+        return open_location(study.teacher)
     path = out / "teacher" / "teacher.safetensors"
     if path.exists():
         control.say(f"train: skipped, {path} is there")
         return load_checkpoint(path)
-    start_processes(_device(study))
+    start_processes(choose_device(study))
     torch.manual_seed(study.seed)
-    network = _create_network(study)
-    task = _task(study)
-    patches = Patches(load_pairs(_train_folder(study), scale=task.scale, channels=network.in_channels), task,
-                      seed=study.seed)
-    settings = study.train
-    loss = l1_loss if not settings.taught_by else TaughtLoss(
-        _open_network(settings.taught_by).to(_device(study)), weight=settings.taught_weight)
-    _fit(network, patches, study, "train", out / "teacher" / "train.pt", loss, control,
-         {"task": str(task), "taught": f"{settings.taught_weight} by {settings.taught_by}"})
-    save_checkpoint(path, network, facts={"task": str(task), "steps": str(study.train.steps)})
+    network, taught_by = create_study_network(study), study.train.taught_by
+    _fit(network, load_patches(study, network, purpose=0), study, "train", out / "teacher" / "train.pt", control,
+         taught_by=open_location(taught_by) if taught_by else None, identity={"task": str(read_task(study))})
+    save_checkpoint(path, network, facts={"task": str(read_task(study)), "steps": str(study.train.steps)})
     return network
 
 
 def distill(study: StudyConfig, out: Path, control: Control = QUIET) -> Library:
     """Align every surrogate of the space with its slot of the teacher; returns the library."""
-    library = _open_library(study, out, train(study, out, control))
+    library = open_study_library(study, out, train(study, out, control))
     teacher = library.load_teacher()
     space = read_space(study, teacher)
     jobs = [(teacher.slot(slot.name), choice) for slot in space.slots for choice in slot.choices[1:]]
@@ -102,13 +106,11 @@ def distill(study: StudyConfig, out: Path, control: Control = QUIET) -> Library:
     if study.library:
         raise LibraryError(f"{study.library} lacks {missing} of the {len(jobs)} surrogates of {study.name}; "
                            "leave `library` out to distil them")
-    task, settings = _task(study), study.distill
-    patches = Patches(load_pairs(_train_folder(study), scale=task.scale, channels=teacher.in_channels), task,
-                      seed=study.seed + 1)
+    settings, patches = study.distill, load_patches(study, teacher, purpose=1)
     complete = distill_library(
-        teacher.to(_device(study)), library, patches, jobs, steps=settings.steps, batch_size=settings.batch_size,
+        teacher.to(choose_device(study)), library, patches, jobs, steps=settings.steps, batch_size=settings.batch_size,
         patch_px=settings.patch_px, lr=settings.lr, group_size=settings.group_size, seed=study.seed,
-        device=_device(study), should_stop=control.should_stop,
+        device=choose_device(study), should_stop=control.should_stop,
         macs=lambda spec, blocks: count_cost(
             blocks, (1, spec.channels, 256 // spec.downscale, 256 // spec.downscale)).macs,
         on_progress=lambda done, total, error: control.progress("distill", done, total, f"error {error:.3f}"))
@@ -124,7 +126,7 @@ def search(study: StudyConfig, out: Path, control: Control = QUIET, *, storage: 
     teacher = evaluator.measure(space.teacher)
     settings = study.search
     manifest = {"study": study.name, "seed": study.seed, "engine": settings.engine, "batch_size": settings.batch_size,
-                "protocol": _task(study).protocol.name, "data": str(images.fingerprint),
+                "protocol": read_task(study).protocol.name, "data": str(images.fingerprint),
                 "library": library.hash_of(space),
                 "reference": list(reference_point(settings.objectives, teacher_values=[
                     _with_objectives(teacher, space, teacher).values[name] for name in settings.objectives]))}
@@ -153,7 +155,7 @@ def search(study: StudyConfig, out: Path, control: Control = QUIET, *, storage: 
 def pareto(out: Path, control: Control = QUIET, *, storage: str = "") -> tuple[Front, SearchSpace, Archive]:
     """Write `front.csv`, `front.md`, `front.png` and `report.html` of a run; returns the front."""
     study = open_run(out)
-    library = _open_library(study, out, None)
+    library = open_study_library(study, out, None)
     teacher = library.load_teacher()
     space = read_space(study, teacher)
     archive = read_archive(storage or out / "archive.db")
@@ -171,40 +173,42 @@ def pareto(out: Path, control: Control = QUIET, *, storage: str = "") -> tuple[F
              "library": manifest["library"][:12]}
     write_report(out / "report.html", title=title, space=space, measurements=measurements, front=front,
                  reference=manifest["reference"], facts=facts,
-                 crops=draw_crops(_chosen(teacher, space, library, front), _validation(study, teacher),
-                                  _task(study).protocol))
+                 crops=draw_crops(_chosen(teacher, space, library, front), load_validation(study, teacher),
+                                  read_task(study).protocol))
     control.say(f"pareto: wrote front.csv, front.md, front.png and report.html to {out}")
     return front, space, archive
 
 
-def finetune(out: Path, pick: str = "knee", control: Control = QUIET, *, storage: str = "") -> Path:
+def finetune(out: Path, pick: str = "knee", control: Control = QUIET, *, storage: str = "", taught_by: str = "",
+             taught_weight: float | None = None) -> Path:
     """Train one hybrid of the front end to end with L1 plus the teacher's output; returns its safetensors file.
 
-    The PSNR before and after, on the run's validation images, is recorded in the file.
+    `taught_by` (a checkpoint, by default the run's own teacher) and `taught_weight` (0 to 1) replace those of the
+    study. The PSNR before and after, on the run's validation images, is recorded in the file.
     """
     study = open_run(out)
+    settings = study.finetune
+    settings = dataclasses.replace(settings, taught_by=taught_by or settings.taught_by, taught_weight=(
+        settings.taught_weight if taught_weight is None else taught_weight))
+    study = dataclasses.replace(study, finetune=settings)
     _hold(out)
-    library = _open_library(study, out, None)
+    library = open_study_library(study, out, None)
     teacher, space, genotype = _picked(study, out, library, pick, storage)
     path = out / "finetune" / f"{format_genotype(genotype)}.safetensors"
     if path.exists():
         control.say(f"finetune: skipped, {path} is there")
         return path
-    hybrid = _build(teacher, space, library, genotype)
-    images, protocol = _validation(study, teacher), _task(study).protocol
+    hybrid = build_genotype(teacher, space, library, genotype)
+    images, protocol = load_validation(study, teacher), read_task(study).protocol
     before = mean_psnr_db(hybrid, images, protocol)
-    task = _task(study)
-    patches = Patches(load_pairs(_train_folder(study), scale=task.scale, channels=teacher.in_channels), task,
-                      seed=study.seed + 2)
-    teacher.to(_device(study))
-    _fit(hybrid, patches, study, "finetune", path.with_suffix(".pt"),
-         TaughtLoss(teacher, weight=study.finetune.taught_weight), control,
-         {"genotype": format_genotype(genotype), "library": library.hash_of(space)})
+    _fit(hybrid, load_patches(study, teacher, purpose=2), study, "finetune", path.with_suffix(".pt"), control,
+         taught_by=open_location(settings.taught_by) if settings.taught_by else teacher,
+         identity={"genotype": format_genotype(genotype), "library": library.hash_of(space)})
     figures = {"psnr_db_before": before, "psnr_db_after": mean_psnr_db(hybrid.cpu(), images, protocol),
                "psnr_db_teacher": mean_psnr_db(teacher.cpu(), images, protocol)}
     save_hybrid(path, hybrid, choices=space.replaced(genotype),
                 facts=_facts(study, library, space, genotype, images, figures))
-    path.with_suffix(".pt").unlink(missing_ok=True)
+    remove_state(path.with_suffix(".pt"))
     return path
 
 
@@ -215,16 +219,15 @@ def export(out: Path, pick: str = "knee", control: Control = QUIET, *, storage: 
     """
     study = open_run(out)
     _hold(out)
-    library = _open_library(study, out, None)
+    library = open_study_library(study, out, None)
     teacher, space, genotype = _picked(study, out, library, pick, storage)
     name = format_genotype(genotype)
     tuned = out / "finetune" / f"{name}.safetensors"
-    images = _validation(study, teacher)
-    hybrid = load_hybrid(tuned) if tuned.exists() else _build(teacher, space, library, genotype)
-    figures = {} if tuned.exists() else {"psnr_db": mean_psnr_db(hybrid, images, _task(study).protocol)}
+    images = load_validation(study, teacher)
+    hybrid = load_hybrid(tuned) if tuned.exists() else build_genotype(teacher, space, library, genotype)
+    figures = {} if tuned.exists() else {"psnr_db": mean_psnr_db(hybrid, images, read_task(study).protocol)}
     facts = dict(read_facts(tuned)) if tuned.exists() else _facts(study, library, space, genotype, images, figures)
     target = out / "export" / f"{name}.onnx"
-    target.parent.mkdir(parents=True, exist_ok=True)
     save_hybrid(target.with_suffix(".safetensors"), hybrid, choices=space.replaced(genotype), facts=facts)
     parity = export_onnx(hybrid, target, photo=images.images[0].degraded[None], facts=facts)
     write_card(target.with_suffix(".yaml"), {**facts, "onnx_relative_error": f"{parity:.1e}"}, model=target.name)
@@ -249,9 +252,12 @@ def restore(model: Path | str, source: Path, target: Path, control: Control = QU
 
 
 def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET, *, protocol: str = "",
-             crop_px: int | None = None, limit: int | None = None, threads: int | None = None) -> Evaluation:
-    """Score a checkpoint, hybrid or exported file (`builtin:NAME` for a shipped teacher) on a folder of images."""
-    rule = find_protocol(protocol, scale=task.scale) if protocol else task.protocol
+             crop_px: int | None = None, limit: int | None = None, threads: int | None = None) -> list[Evaluation]:
+    """Score a checkpoint, hybrid or exported file (`builtin:NAME` for a shipped teacher) on a folder of images.
+
+    One evaluation a protocol: the named one, or all that people quote for the task, its own first.
+    """
+    rules = [find_protocol(protocol, scale=task.scale)] if protocol else task.protocols
     if str(model).startswith(BUILTIN):
         network = open_library(str(model)).load_teacher()
         restore: Callable[[Tensor], Tensor] = network
@@ -260,11 +266,12 @@ def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET,
         session = open_session(model, threads=threads)
         restore, channels = session.restore, session.channels
     images = load_validation_set(data, task, channels=channels, crop_px=crop_px, limit=limit)
-    scores = evaluate_restorer(restore, images, rule,
-                               on_progress=lambda done, total: control.progress("evaluate", done, total, "images"))
-    inputs = [score_input(image.degraded, image.clean, rule) for image in images.images] if task.scale == 1 else []
-    return Evaluation(rule.name, str(images.fingerprint), tuple(image.name for image in images.images), tuple(inputs),
-                      tuple(scores))
+    scores = evaluate_protocols(restore, images, rules,
+                                on_progress=lambda done, total: control.progress("evaluate", done, total, "images"))
+    names = tuple(image.name for image in images.images)
+    return [Evaluation(rule.name, str(images.fingerprint), names, tuple(
+        score_input(image.degraded, image.clean, rule) for image in images.images if task.scale == 1), tuple(outputs))
+        for rule, outputs in zip(rules, scores, strict=True)]
 
 
 def run(study: StudyConfig, out: Path, control: Control = QUIET, *, pick: str = "knee", storage: str = "") -> Path:
@@ -291,28 +298,10 @@ class SpaceSummary:
 
 def summarise_space(study: StudyConfig) -> SpaceSummary:
     """Slots, choices and cost range of a study, without any weights where it names no teacher."""
-    teacher = _open_network(study.teacher) if study.teacher else _create_network(study)
+    teacher = open_location(study.teacher) if study.teacher else create_study_network(study)
     space = read_space(study, teacher)
     costs = build_cost_table(teacher, space)
     return SpaceSummary(space, costs.range("params"), costs.range("macs"))
-
-
-def read_space(study: StudyConfig, teacher: Network) -> SearchSpace:
-    """The search space a study describes on this teacher."""
-    return build_space(study.name, teacher, granularity=study.granularity, choices=parse_choices(study.choices),
-                       slots={name: parse_choices(entries) for name, entries in study.slots.items()},
-                       penalty_teacher=study.penalty.teacher, penalty_per_block=study.penalty.per_block)
-
-
-def _create_network(study: StudyConfig) -> Network:
-    options = dict(study.network)
-    if "name" not in options:
-        raise ConfigError(f"{study.name}: give `teacher`, or `network` with a name, for instance {{name: restormer}}")
-    return create_network(str(options.pop("name")), **options)
-
-
-def _open_network(location: str) -> Network:
-    return open_library(location).load_teacher() if location.startswith(BUILTIN) else open_network(location)
 
 
 _held: dict[Path, FileLock] = {}
@@ -321,35 +310,20 @@ _held: dict[Path, FileLock] = {}
 def _hold(out: Path) -> None:
     """Keep other processes from writing to this run folder until this one ends; raises ArchiveLocked."""
     if os.environ.get("RANK", "0") == "0" and out.resolve() not in _held:
-        out.mkdir(parents=True, exist_ok=True)
         _held[out.resolve()] = acquire_lock(out / "run")
 
 
-def _task(study: StudyConfig) -> Task:
-    options = dict(study.task)
-    if "name" not in options:
-        raise ConfigError(f"{study.name}: `task` needs a name, for instance {{name: denoise, sigma_255: 25}}")
-    return create_task(str(options.pop("name")), options)
-
-
-def _train_folder(study: StudyConfig) -> str:
-    if not study.data.train:
-        raise ConfigError(f"{study.name}: `data.train` names no folder of training images")
-    return study.data.train
-
-
-def _device(study: StudyConfig) -> str:
-    if study.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if study.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"{study.name}: device {study.device} is asked for, but torch sees no GPU; use auto or cpu")
-    return study.device
-
-
-def _fit(network: Network, patches: Patches, study: StudyConfig, verb: str, checkpoint: Path,
-         loss: Callable[[nn.Module, Tensor, Tensor], Tensor], control: Control, identity: Mapping[str, str]) -> None:
+def _fit(network: Network, patches: Patches, study: StudyConfig, verb: str, checkpoint: Path, control: Control, *,
+         taught_by: Network | None, identity: Mapping[str, str]) -> None:
     """Train or fine-tune as the study says; raises Interrupted when stopped, with all state in `checkpoint`."""
     settings = study.train if verb == "train" else study.finetune
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = l1_loss
+    taught: dict[str, str] = {}
+    if taught_by is not None:
+        weight = settings.taught_weight
+        taught = {"taught": f"{weight} by {settings.taught_by or 'its own teacher'}"}
+        loss = TaughtLoss(taught_by.to(choose_device(study)), weight=weight)
+        control.say(f"{verb}: the loss is {1 - weight:g}·L1 to the target + {weight:g}·L1 to the teacher's output")
 
     def report(progress: Progress) -> None:
         skipped = f", {progress.skipped} skipped" if progress.skipped else ""
@@ -358,42 +332,23 @@ def _fit(network: Network, patches: Patches, study: StudyConfig, verb: str, chec
     complete = train_network(
         network, patches, checkpoint=checkpoint, loss=loss, phases=[Phase(*phase) for phase in settings.phases],
         steps=settings.steps, lr=settings.lr, lr_final=settings.lr_final, warmup_steps=settings.warmup_steps,
-        clip_norm=settings.clip_norm, ema_decay=settings.ema_decay, device=_device(study),
-        identity={"seed": str(study.seed), **identity}, on_progress=report, should_stop=control.should_stop)
+        clip_norm=settings.clip_norm, ema_decay=settings.ema_decay, device=choose_device(study),
+        identity=taught | {"seed": str(study.seed), **identity}, on_progress=report, should_stop=control.should_stop)
     if not complete:
         raise Interrupted(verb)
-
-
-def _open_library(study: StudyConfig, out: Path, teacher: Network | None) -> Library:
-    """The study's library; begun in `out/library` when a teacher is given and there is none."""
-    if study.library:
-        library = open_library(study.library)
-    elif teacher is None or (out / "library" / "manifest.json").exists():
-        library = open_library(out / "library")
-    else:
-        return create_library(out / "library", teacher, task=str(_task(study)), dtype=study.distill.dtype,
-                              recipe=dataclasses.asdict(study.distill))
-    if teacher is not None and not library.imitates(teacher):
-        raise LibraryError(f"{library.root} imitates another teacher than the one of {study.name}")
-    return library
-
-
-def _validation(study: StudyConfig, teacher: Network) -> ValidationSet:
-    return load_validation_set(study.data.validation, _task(study), channels=teacher.in_channels,
-                               crop_px=study.data.crop_px, limit=study.data.limit)
 
 
 def _evaluator(study: StudyConfig, library: Library) -> tuple[Evaluator, SearchSpace, ValidationSet]:
     teacher = library.load_teacher()
     space = read_space(study, teacher)
-    device = _device(study)
+    device = choose_device(study)
     fillings: list[list[nn.Module | str | None]] = []
     for slot in space.slots:
         spec = teacher.slot(slot.name)
         fillings.append([None, *(library.missing(slot.name, choice) or library.load_surrogate(spec, choice).to(device)
                                  for choice in slot.choices[1:])])
-    images = _validation(study, teacher)
-    evaluator = Evaluator(teacher, space, fillings, images=images, protocol=_task(study).protocol,
+    images = load_validation(study, teacher)
+    evaluator = Evaluator(teacher, space, fillings, images=images, protocol=read_task(study).protocol,
                           costs=build_cost_table(teacher, space), device=device)
     return evaluator, space, images
 
@@ -411,16 +366,11 @@ def _picked(study: StudyConfig, out: Path, library: Library, pick: str,
     return teacher, space, pick_genotype(pick, front=front, space=space)
 
 
-def _build(teacher: Network, space: SearchSpace, library: Library, genotype: Genotype) -> Network:
-    return build_hybrid(teacher, {name: library.load_surrogate(teacher.slot(name), choice)
-                                  for name, choice in space.replaced(genotype).items()})
-
-
 def _facts(study: StudyConfig, library: Library, space: SearchSpace, genotype: Genotype, images: ValidationSet,
            figures: Mapping[str, float]) -> dict[str, str]:
     """What a hybrid's file says of itself."""
-    return {"study": study.name, "genotype": format_genotype(genotype), "task": str(_task(study)),
-            "protocol": _task(study).protocol.name, "validation": str(images.fingerprint),
+    return {"study": study.name, "genotype": format_genotype(genotype), "task": str(read_task(study)),
+            "protocol": read_task(study).protocol.name, "validation": str(images.fingerprint),
             "teacher_sha256": library.teacher_sha256, "library_sha256": library.hash_of(space),
             **{slot.name: choice.label for slot, choice in zip(space.slots, space.choices(genotype), strict=True)},
             **{name: f"{value:.3f}" for name, value in figures.items()}}
@@ -428,5 +378,6 @@ def _facts(study: StudyConfig, library: Library, space: SearchSpace, genotype: G
 
 def _chosen(teacher: Network, space: SearchSpace, library: Library, front: Front) -> dict[str, nn.Module]:
     """The networks whose pictures the report shows: the teacher, the knee and its two nearest."""
-    return {"teacher": teacher, **{front.role(index): _build(teacher, space, library, front.members[index].genotype)
-                                   for index in (front.knee, *front.nearest[:2])}}
+    chosen = {front.role(index): front.members[index].genotype for index in (front.knee, *front.nearest[:2])}
+    return {"teacher": teacher, **{role: build_genotype(teacher, space, library, genotype)
+                                   for role, genotype in chosen.items()}}

@@ -35,7 +35,6 @@ def test_folders_are_relative_to_the_study_and_the_name_is_the_files(tmp_path: P
     ("train: {lr: fast}", "train.lr is a number, got 'fast'"),
     ("train: {phases: [[0, 64]]}", r"has 3 entries"),
     ("train: {taught_weight: 0.5}", "go together"),
-    ("finetune: {taught_by: x.pth}", "its own teacher"),
     ("granularity: layer", "'stage' or 'block'"),
     ("slots: {latent: [vssd×1]}", "either `choices`"),
     ("a: [", "not valid YAML"),

@@ -8,11 +8,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ens"
 ORDER = ("space", "ops", "blocks", "networks", "data", "distill", "evaluate", "search", "pareto", "export", "runtime",
-         "config", "pipeline", "cli")
+         "config", "study", "pipeline", "cli")
 ISLANDS = {"ops": {"ops"}, "data": {"data"}, "search": {"search", "space"}, "pareto": {"pareto", "space"}}
-TOUCH_FILES = {"networks.checkpoints", "data.images", "distill.library", "distill.training", "distill.blockwise",
-               "evaluate.latency", "pareto.archive", "pareto.report", "export.hybrid", "export.formats",
-               "runtime.session", "config", "pipeline"}  # pipeline: it begins run folders and clears finished state
+TOUCH_FILES = {"networks.checkpoints", "data.images", "distill.library", "evaluate.latency", "pareto.archive",
+               "pareto.report", "export.hybrid", "export.formats", "runtime.session", "config"}
 FILE_CALLS = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "unlink", "mkdir", "rename",
               "rmtree", "safe_open", "save_file", "load_file", "imread", "imwrite", "write_html"}
 PATHS = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -24,6 +24,7 @@ from ens.networks.checkpoints import load_checkpoint, save_checkpoint
 from ens.pareto.archive import read_archive
 from ens.pipeline import Control
 from ens.space import format_genotype
+from ens.study import read_space
 
 STUDY = """
 task: {name: denoise, sigma_255: 25}
@@ -78,7 +79,7 @@ def check_by_brute_force(study: StudyConfig, out: Path, *, num_genotypes: int) -
     teacher = library.load_teacher()
     task = create_task("denoise", {"sigma_255": 25})
     images = load_validation_set(study.data.validation, task, crop_px=study.data.crop_px, limit=study.data.limit).images
-    space = pipeline.read_space(study, teacher)
+    space = read_space(study, teacher)
     measured = read_archive(out / "archive.db").known()
     assert len(measured) == space.num_genotypes == num_genotypes
 
@@ -130,7 +131,7 @@ def test_restore_and_evaluate_take_what_export_wrote(finished: tuple[StudyConfig
     failures = pipeline.restore(model, noisy, restored)
     assert not failures
     assert read_photo(restored).pixels.shape == photo.pixels.shape
-    result = pipeline.evaluate(model, "builtin:photos", create_task("denoise_s25"), crop_px=32, limit=2)
+    (result,) = pipeline.evaluate(model, "builtin:photos", create_task("denoise_s25"), crop_px=32, limit=2)
     assert result.protocol == "denoise-color-awgn" and len(result.outputs) == 2
     assert result.means()[2] == pytest.approx(20.2, abs=0.3)
 

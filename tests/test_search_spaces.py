@@ -10,7 +10,7 @@ import torch
 from ens.config import load_study
 from ens.networks import create_network
 from ens.networks.steps import create_filling
-from ens.pipeline import read_space
+from ens.study import read_space
 
 SPACES = Path(__file__).resolve().parents[1] / "search_spaces"
 SIZES = {"restormer_denoise": (8, 34_560, 22), "restormer_derain": (8, 34_560, 22), "restormer_deblur": (8, 34_560, 22),

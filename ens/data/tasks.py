@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
@@ -59,7 +60,7 @@ def find_protocol(name: str, *, scale: int = 1) -> Protocol:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """What every task offers. Images are float32 (H, W, C) in [0, 1]; noise alone may leave that range.
 
     A patch degraded inside a window of `margin_px` clean pixels around it, the window starting at a multiple of
@@ -68,6 +69,7 @@ class Task:
 
     name: ClassVar[str]
     protocol_name: ClassVar[str]
+    other_protocols: ClassVar[tuple[str, ...]] = ()
 
     @property
     def scale(self) -> int:
@@ -86,14 +88,19 @@ class Task:
     def protocol(self) -> Protocol:
         return find_protocol(self.protocol_name, scale=self.scale)
 
+    @property
+    def protocols(self) -> list[Protocol]:
+        """Every protocol people quote for this task, `protocol` first."""
+        return [find_protocol(name, scale=self.scale) for name in (self.protocol_name, *self.other_protocols)]
+
     def prepare(self, clean: FloatImage) -> FloatImage:
         """The target: `clean` cropped to a multiple of the scale (and reduced to luma where the protocol is gray)."""
         height, width = clean.shape[0] // self.scale * self.scale, clean.shape[1] // self.scale * self.scale
         return clean[:height, :width]
 
+    @abstractmethod
     def degrade(self, clean: FloatImage, rng: np.random.Generator) -> FloatImage:
         """Degrade a prepared image for training; everything random comes from `rng`."""
-        raise NotImplementedError
 
     def degrade_for_validation(self, clean: FloatImage, index: int) -> FloatImage:
         """Degrade a prepared image as the protocol says, or seeded by the image's index where it says nothing."""
@@ -179,6 +186,7 @@ class SuperResolve(Task):
 
     name: ClassVar[str] = "sr"
     protocol_name: ClassVar[str] = "sr-y"
+    other_protocols: ClassVar[tuple[str, ...]] = ("sr-rgb",)
     upscale: int = 4
 
     def __post_init__(self) -> None:

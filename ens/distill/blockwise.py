@@ -6,7 +6,6 @@ Shapes: features (B, C, H, W) of a slot's level.
 from __future__ import annotations
 
 import copy
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ens.data.images import write_atomic
 from ens.distill.library import Library
 from ens.distill.losses import relative_error
 from ens.distill.training import MAX_SKIPPED, PatchSource, ResumeMismatch, gains_from_bf16, learning_rate
+from ens.networks.checkpoints import load_state, remove_state, save_state
 from ens.networks.steps import Network, SlotSpec, create_filling, pad_to_multiple
 from ens.space import Choice
 
@@ -83,12 +82,19 @@ def distill_library(teacher: Network, library: Library, patches: PatchSource, jo
                 failed = f"the loss was not finite {pupil.skipped} times; a lower learning rate than {lr} may help"
             library.store(pupil.spec, pupil.choice, pupil.blocks.to("cpu"), alignment_error=errors[pupil.key],
                           macs=macs(pupil.spec, pupil.blocks), steps=steps, failed=failed)
-        checkpoint.unlink(missing_ok=True)
+        remove_state(checkpoint)
     return True
 
 
 def _create_pupil(teacher: Network, spec: SlotSpec, choice: Choice, *, lr: float, seed: int, device: str) -> _Pupil:
-    """A fresh surrogate; one of the teacher's own family starts from evenly spaced blocks of the teacher."""
+    blocks = create_surrogate(teacher, spec, choice, seed=seed).to(device).train()
+    parameters = list(blocks.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-4) if parameters else None
+    return _Pupil(spec, choice, blocks, optimizer)
+
+
+def create_surrogate(teacher: Network, spec: SlotSpec, choice: Choice, *, seed: int) -> nn.Sequential:
+    """A surrogate before distillation; one of the teacher's own family starts from evenly spaced teacher blocks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         blocks = create_filling(spec, choice)
@@ -99,10 +105,7 @@ def _create_pupil(teacher: Network, spec: SlotSpec, choice: Choice, *, lr: float
             if {name: value.shape for name, value in source.items()} == {
                     name: value.shape for name, value in block.state_dict().items()}:
                 block.load_state_dict(source)
-    blocks.to(device).train()
-    parameters = list(blocks.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-4) if parameters else None
-    return _Pupil(spec, choice, blocks, optimizer)
+    return blocks
 
 
 def _features(teacher: Network, pupils: Sequence[_Pupil], degraded: Tensor, *, device: str,
@@ -150,17 +153,15 @@ def _measure_alignment(teacher: Network, pupils: Sequence[_Pupil], patches: Patc
 
 
 def _save_group(path: Path, recipe: str, done: int, pupils: Sequence[_Pupil]) -> None:
-    buffer = io.BytesIO()
-    torch.save({"recipe": recipe, "done": done, "pupils": {pupil.key: {
+    save_state(path, {"recipe": recipe, "done": done, "pupils": {pupil.key: {
         "params": pupil.blocks.state_dict(), "skipped": pupil.skipped,
-        "optimizer": pupil.optimizer.state_dict() if pupil.optimizer else {}} for pupil in pupils}}, buffer)
-    write_atomic(path, buffer.getvalue())
+        "optimizer": pupil.optimizer.state_dict() if pupil.optimizer else {}} for pupil in pupils}})
 
 
 def _load_group(path: Path, recipe: str, pupils: Sequence[_Pupil]) -> int:
-    if not path.exists():
+    state = load_state(path)
+    if state is None:
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
     missing = [pupil.key for pupil in pupils if pupil.key not in state["pupils"]]
     if state["recipe"] != recipe or missing:
         other = f"other surrogates ({', '.join(missing)} missing)" if missing else f"{state['recipe']}; now {recipe}"

@@ -5,7 +5,6 @@ Shapes: degraded (B, C, H, W) and clean (B, C, scale·H, scale·W), float32 in a
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ens.data.images import write_atomic
+from ens.networks.checkpoints import load_state, save_state
 
 MAX_SKIPPED = 10
 
@@ -150,18 +149,15 @@ def gains_from_bf16(device: str) -> bool:
 
 def _save(path: Path, recipe: Mapping[str, str], done: int, skipped: int, network: nn.Module, ema: AveragedModel,
           optimizer: torch.optim.Optimizer) -> None:
-    buffer = io.BytesIO()
-    torch.save({"recipe": dict(recipe), "done": done, "skipped": skipped, "params": network.state_dict(),
-                "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
+    save_state(path, {"recipe": dict(recipe), "done": done, "skipped": skipped, "params": network.state_dict(),
+                      "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
 
 
 def _resume(path: Path, recipe: Mapping[str, str], network: nn.Module, ema: AveragedModel,
             optimizer: torch.optim.Optimizer, device: str) -> tuple[int, int]:
-    if not path.exists():
+    state = load_state(path, device=device)
+    if state is None:
         return 0, 0
-    state = torch.load(path, map_location=device, weights_only=True)
     stored = cast(dict[str, str], state["recipe"])
     differences = [f"{key}: {stored.get(key, 'absent')} there, {recipe.get(key, 'absent')} now"
                    for key in sorted({*stored, *recipe}) if stored.get(key) != recipe.get(key)]

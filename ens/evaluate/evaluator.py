@@ -110,10 +110,19 @@ class Evaluation:
 def evaluate_restorer(restore: Callable[[torch.Tensor], torch.Tensor], images: ValidationSet, protocol: Protocol, *,
                       on_progress: Callable[[int, int], None] | None = None) -> list[Score]:
     """PSNR and SSIM of every image for anything that maps (1, C, H, W) to (1, C, scale·H, scale·W)."""
-    scores = []
+    return evaluate_protocols(restore, images, [protocol], on_progress=on_progress)[0]
+
+
+def evaluate_protocols(restore: Callable[[torch.Tensor], torch.Tensor], images: ValidationSet,
+                       protocols: Sequence[Protocol], *,
+                       on_progress: Callable[[int, int], None] | None = None) -> list[list[Score]]:
+    """`evaluate_restorer` by several protocols: a list of scores each, every image restored once."""
+    scores: list[list[Score]] = [[] for _ in protocols]
     with torch.inference_mode():
         for done, image in enumerate(images.images, 1):
-            scores.append(score(restore(image.degraded[None])[0], image.clean, protocol))
+            output = restore(image.degraded[None])[0]
+            for found, protocol in zip(scores, protocols, strict=True):
+                found.append(score(output, image.clean, protocol))
             if on_progress is not None:
                 on_progress(done, len(images.images))
     return scores

@@ -272,6 +272,23 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     _write_atomic(Path(path), safetensors.torch.save(contiguous, dict(metadata)))
 
 
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Keep the state of an unfinished training (tensors, numbers, text, containers of them); it appears whole."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    _write_atomic(path, buffer.getvalue())
+
+
+def load_state(path: Path, *, device: str = "cpu") -> dict[str, Any] | None:
+    """What `save_state` kept, None where there is nothing."""
+    return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+
+
+def remove_state(path: Path) -> None:
+    """Forget a finished training."""
+    path.unlink(missing_ok=True)
+
+
 def _write_atomic(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

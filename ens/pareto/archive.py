@@ -220,6 +220,7 @@ def acquire_lock(path: Path) -> FileLock:
     Raises ArchiveLocked, naming the holder, where another process has it.
     """
     lock_path = path.with_name(path.name + ".lock")
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_path, timeout=0)
     try:
         lock.acquire()

@@ -1,0 +1,94 @@
+"""What a study names, opened: its task, networks, search space, library and validation images.
+
+The bridge between config and pipeline: the only functions beside the verbs that take a `StudyConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from ens.config import ConfigError, StudyConfig, parse_choices
+from ens.data.folders import load_pairs
+from ens.data.pairs import Patches, ValidationSet, load_validation_set
+from ens.data.tasks import Task, create_task
+from ens.distill.library import BUILTIN, Library, LibraryError, create_library, open_library
+from ens.export.hybrid import build_hybrid, open_network
+from ens.networks import create_network
+from ens.networks.slots import build_space
+from ens.networks.steps import Network
+from ens.space import Genotype, SearchSpace
+
+
+def read_task(study: StudyConfig) -> Task:
+    """The task with its options; raises ConfigError where the study names none."""
+    options = dict(study.task)
+    if "name" not in options:
+        raise ConfigError(f"{study.name}: `task` needs a name, for instance {{name: denoise, sigma_255: 25}}")
+    return create_task(str(options.pop("name")), options)
+
+
+def create_study_network(study: StudyConfig) -> Network:
+    """The network to train as a teacher, randomly initialised; raises ConfigError where the study describes none."""
+    options = dict(study.network)
+    if "name" not in options:
+        raise ConfigError(f"{study.name}: give `teacher`, or `network` with a name, for instance {{name: restormer}}")
+    return create_network(str(options.pop("name")), **options)
+
+
+def open_location(location: str) -> Network:
+    """A network from a checkpoint, a hybrid file, or `builtin:NAME` for a shipped teacher."""
+    return open_library(location).load_teacher() if location.startswith(BUILTIN) else open_network(location)
+
+
+def read_space(study: StudyConfig, teacher: Network) -> SearchSpace:
+    """The search space a study describes on this teacher."""
+    return build_space(study.name, teacher, granularity=study.granularity, choices=parse_choices(study.choices),
+                       slots={name: parse_choices(entries) for name, entries in study.slots.items()},
+                       penalty_teacher=study.penalty.teacher, penalty_per_block=study.penalty.per_block)
+
+
+def open_study_library(study: StudyConfig, out: Path, teacher: Network | None) -> Library:
+    """The study's library; begun in `out/library` when a teacher is given and there is none."""
+    if study.library:
+        library = open_library(study.library)
+    elif teacher is None or (out / "library" / "manifest.json").exists():
+        library = open_library(out / "library")
+    else:
+        return create_library(out / "library", teacher, task=str(read_task(study)), dtype=study.distill.dtype,
+                              recipe=dataclasses.asdict(study.distill))
+    if teacher is not None and not library.imitates(teacher):
+        raise LibraryError(f"{library.root} imitates another teacher than the one of {study.name}")
+    return library
+
+
+def load_patches(study: StudyConfig, network: Network, *, purpose: int) -> Patches:
+    """Training patches of the study's folder; every purpose (teacher, library, hybrid) draws others."""
+    if not study.data.train:
+        raise ConfigError(f"{study.name}: `data.train` names no folder of training images")
+    task = read_task(study)
+    return Patches(load_pairs(study.data.train, scale=task.scale, channels=network.in_channels), task,
+                   seed=study.seed + purpose)
+
+
+def load_validation(study: StudyConfig, teacher: Network) -> ValidationSet:
+    """The images a genotype's PSNR is measured on, degraded as the protocol says."""
+    return load_validation_set(study.data.validation, read_task(study), channels=teacher.in_channels,
+                               crop_px=study.data.crop_px, limit=study.data.limit)
+
+
+def build_genotype(teacher: Network, space: SearchSpace, library: Library, genotype: Genotype) -> Network:
+    """The hybrid of a genotype with the library's weights, in evaluation mode."""
+    return build_hybrid(teacher, {name: library.load_surrogate(teacher.slot(name), choice)
+                                  for name, choice in space.replaced(genotype).items()})
+
+
+def choose_device(study: StudyConfig) -> str:
+    """`auto` is the GPU where there is one; raises ConfigError for a GPU that is not there."""
+    if study.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if study.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"{study.name}: device {study.device} is asked for, but torch sees no GPU; use auto or cpu")
+    return study.device
