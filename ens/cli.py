@@ -7,6 +7,7 @@ Results go to standard output; progress, remarks and errors to standard error. E
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shlex
 import signal
@@ -42,6 +43,8 @@ _DISK_WORDS = ("disk is full", "readonly database", "No space left")
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(
     "Search a restoration network for hybrids: which of its blocks can become cheaper ones, and at what cost. "
     "Every verb continues where it was interrupted and skips what is done."))
+inspect = typer.Typer(no_args_is_help=True, help="Look inside a run.")
+app.add_typer(inspect, name="inspect")
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
 
@@ -53,6 +56,10 @@ Task = Annotated[str, typer.Option(help="Task with its numbers: denoise_s25, der
 Within = Annotated[float | None, typer.Option(help="Name the cheapest member at most this many dB below the teacher.")]
 Storage = Annotated[str, typer.Option(help="Optuna storage URL of the archive instead of RUN/archive.db.")]
 Teacher = Annotated[Path | None, typer.Option(help="Checkpoint to use as the teacher.")]
+TaughtBy = Annotated[Path | None, typer.Option("--teacher", help=(
+    "Checkpoint whose output is extra supervision (DVMSR's distillation)."))]
+TaughtWeight = Annotated[float | None, typer.Option("--teacher-weight", min=0, max=1, help=(
+    "Share w of the teacher in the loss: (1-w) L1(target) + w L1(teacher's output)."))]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
     "Change one key of the study, for instance search.budget=40. May be given several times."))]
 
@@ -187,12 +194,16 @@ def run(study: Study, out: Out, pick: Pick = "knee", teacher: Teacher = None, st
 
 
 @app.command()
-def train(study: Study, out: Out, teacher: Teacher = None, changes: Set = None) -> None:
+def train(study: Study, out: Out, teacher: TaughtBy = None, teacher_weight: TaughtWeight = None,
+          changes: Set = None) -> None:
     """Train the teacher of a study; several processes under torchrun."""
     from ens import pipeline
 
+    taught = {"train.taught_by": teacher and json.dumps(str(teacher.resolve())),
+              "train.taught_weight": 0.5 if teacher and teacher_weight is None else teacher_weight}
+    changes = [*(changes or ()), *(f"{key}={value}" for key, value in taught.items() if value is not None)]
     with _reporting() as control:
-        network = pipeline.train(_load_study(study, changes, teacher), out, control)
+        network = pipeline.train(_load_study(study, changes), out, control)
     _say(f"The teacher has {sum(weight.numel() for weight in network.parameters()):,} parameters.")
 
 
@@ -235,13 +246,15 @@ def pareto(run: Run, within: Within = None, storage: Storage = "") -> None:
 
 
 @app.command()
-def finetune(run: Run, pick: Pick = "knee", storage: Storage = "") -> None:
-    """Train one hybrid of the front end to end, with the teacher's output as extra supervision."""
+def finetune(run: Run, pick: Pick = "knee", teacher: TaughtBy = None, teacher_weight: TaughtWeight = None,
+             storage: Storage = "") -> None:
+    """Train one hybrid of the front end to end, with its teacher's output as extra supervision."""
     from ens import pipeline
     from ens.export.hybrid import read_facts
 
     with _reporting() as control:
-        path = pipeline.finetune(run, pick, control, storage=storage)
+        path = pipeline.finetune(run, pick, control, storage=storage, taught_weight=teacher_weight,
+                                 taught_by=str(teacher) if teacher else "")
     facts = read_facts(path)
     _say(f"PSNR {facts['psnr_db_before']} dB before, {facts['psnr_db_after']} after, {facts['psnr_db_teacher']} "
          f"of the teacher ({facts['protocol']})\n{path}")
@@ -341,6 +354,29 @@ def spaces(studies: Annotated[list[str] | None, typer.Argument(
         count = f"{space.num_genotypes:,}" if space.num_genotypes < 1e9 else f"{space.num_genotypes:.1e}"
         table.add_row(space.name, f"{len(sizes)} × {choices}", count, f"{space.num_surrogates}", *ranges)
     _out.print(table)
+
+
+@inspect.command()
+def erf(run: Run, slot: Annotated[str, typer.Option(help="Slot to look into, for instance latent.")],
+        target: Annotated[Path | None, typer.Option("--out", "-o", help="PNG; RUN/erf_SLOT.png by default.")] = None,
+        ) -> None:
+    """Effective receptive field: the teacher's, and the surrogates' before and after distillation and fine-tuning.
+
+    The gradient of the centre output with respect to the input: a PNG, and the sides of the squares around the centre
+    that hold 50 % and 95 % of its energy.
+    """
+    from ens import pipeline
+    from ens.evaluate.receptive_field import energy_side_px
+
+    target = target or run / f"erf_{slot}.png"
+    with _reporting() as control:
+        rows = pipeline.inspect_erf(run, slot, target, control)
+    table = _table(("choice", "state"), ("50 % px", "95 % px"))
+    for choice, states in rows.items():
+        for state, energy in states.items():
+            table.add_row(choice, state, *(str(energy_side_px(energy, share)) for share in (0.5, 0.95)))
+    _out.print(table)
+    _say(f"Sides in pixels of the slot's own features\n{target}")
 
 
 @app.command()

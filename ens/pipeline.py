@@ -20,21 +20,22 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from ens.config import StudyConfig, open_run, save_run
-from ens.data.images import ImageError, Photo, read_photo, to_float, to_pixels, write_photo
+from ens.data.images import ImageError, Photo, read_photo, to_float, to_pixels, write_atomic, write_photo
 from ens.data.pairs import Patches, ValidationSet, load_validation_set
 from ens.data.tasks import Task, find_protocol
-from ens.distill.blockwise import distill_library
+from ens.distill.blockwise import create_surrogate, distill_library
 from ens.distill.library import BUILTIN, Library, LibraryError, open_library
 from ens.distill.losses import TaughtLoss, l1_loss
 from ens.distill.training import Phase, Progress, start_processes, train_network
 from ens.evaluate.cost import build_cost_table, count_cost
 from ens.evaluate.crops import draw_crops
-from ens.evaluate.evaluator import Evaluation, Evaluator, evaluate_protocols, mean_psnr_db
+from ens.evaluate.evaluator import Evaluation, evaluate_protocols, mean_psnr_db
 from ens.evaluate.metrics import score_input
+from ens.evaluate.receptive_field import EnergyMap, draw_receptive_fields, measure_receptive_field
 from ens.export.formats import export_onnx, write_card
 from ens.export.hybrid import load_hybrid, read_facts, save_hybrid
 from ens.networks.checkpoints import load_checkpoint, remove_state, save_checkpoint
-from ens.networks.steps import Network
+from ens.networks.steps import Network, pad_to_multiple
 from ens.pareto.archive import Archive, acquire_lock, open_archive, read_archive
 from ens.pareto.report import write_csv, write_markdown, write_png, write_report
 from ens.pareto.selection import Front, pick_genotype, select_front
@@ -42,8 +43,9 @@ from ens.runtime.session import open_session, restore_files
 from ens.search import create_engine
 from ens.search.loop import run_search
 from ens.search.objectives import add_objectives, reference_point
-from ens.space import Genotype, Measurement, SearchSpace, format_genotype
+from ens.space import Genotype, Measurement, SearchSpace, format_genotype, parse_genotype
 from ens.study import (
+    build_evaluator,
     build_genotype,
     choose_device,
     create_study_network,
@@ -122,7 +124,7 @@ def distill(study: StudyConfig, out: Path, control: Control = QUIET) -> Library:
 def search(study: StudyConfig, out: Path, control: Control = QUIET, *, storage: str = "") -> list[Measurement]:
     """Measure genotypes until the budget of unique evaluations is spent; every one is in `archive.db` at once."""
     library = distill(study, out, control)
-    evaluator, space, images = _evaluator(study, library)
+    evaluator, space, images = build_evaluator(study, library)
     teacher = evaluator.measure(space.teacher)
     settings = study.search
     manifest = {"study": study.name, "seed": study.seed, "engine": settings.engine, "batch_size": settings.batch_size,
@@ -274,6 +276,43 @@ def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET,
         for rule, outputs in zip(rules, scores, strict=True)]
 
 
+def inspect_erf(out: Path, slot: str, target: Path, control: Control = QUIET) -> dict[str, dict[str, EnergyMap]]:
+    """Draw the effective receptive field of a slot: the teacher's and every surrogate's, before and after training.
+
+    Choice -> state -> map; surrogates stand before distillation, after it, and after a fine-tuning of this run where
+    one uses them. Features are the slot's own on the first four validation images. Writes the PNG `target`.
+    """
+    study = open_run(out)
+    library = open_study_library(study, out, None)
+    teacher = library.load_teacher()
+    spec, space = teacher.slot(slot), read_space(study, teacher)
+    names, task = [one.name for one in space.slots], read_task(study)
+    if slot not in names:
+        raise ValueError(f"{study.name} does not search slot {slot!r}; it searches {', '.join(names)}")
+    images = load_validation_set(study.data.validation, task, channels=teacher.in_channels, limit=4,
+                                 crop_px=_ERF_CROP_PX * task.scale)
+    position = names.index(slot)
+    choices = space.slots[position].choices
+    tuned = {choices[parse_genotype(path.stem, space)[position]].label: load_hybrid(path)
+             for path in sorted((out / "finetune").glob("*.safetensors"))}
+
+    def measure(network: Network, module: nn.Module) -> EnergyMap:
+        return measure_receptive_field(module, [network.capture(
+            pad_to_multiple(image.degraded[None], network.size_multiple), [slot])[slot][0] for image in images.images])
+
+    maps = {choices[0].label: {"teacher": measure(teacher, teacher.get_submodule(spec.module))}}
+    for done, choice in enumerate(choices[1:], 1):
+        maps[choice.label] = {"before": measure(teacher, create_surrogate(teacher, spec, choice, seed=study.seed))}
+        if not library.missing(slot, choice):
+            maps[choice.label]["distilled"] = measure(teacher, library.load_surrogate(spec, choice))
+        if choice.label in tuned:
+            hybrid = tuned[choice.label]
+            maps[choice.label]["fine-tuned"] = measure(hybrid, hybrid.get_submodule(spec.module))
+        control.progress("inspect", done, len(choices) - 1, choice.label)
+    write_atomic(target, draw_receptive_fields(f"{study.name}, {slot}: 1 px is {spec.downscale} px of the image", maps))
+    return maps
+
+
 def run(study: StudyConfig, out: Path, control: Control = QUIET, *, pick: str = "knee", storage: str = "") -> Path:
     """Whatever is still missing, in order: train, distill, search, pareto, finetune, export; returns the ONNX file."""
     search(study, out, control, storage=storage)
@@ -304,6 +343,7 @@ def summarise_space(study: StudyConfig) -> SpaceSummary:
     return SpaceSummary(space, costs.range("params"), costs.range("macs"))
 
 
+_ERF_CROP_PX = 256
 _held: dict[Path, FileLock] = {}
 
 
@@ -336,21 +376,6 @@ def _fit(network: Network, patches: Patches, study: StudyConfig, verb: str, chec
         identity=taught | {"seed": str(study.seed), **identity}, on_progress=report, should_stop=control.should_stop)
     if not complete:
         raise Interrupted(verb)
-
-
-def _evaluator(study: StudyConfig, library: Library) -> tuple[Evaluator, SearchSpace, ValidationSet]:
-    teacher = library.load_teacher()
-    space = read_space(study, teacher)
-    device = choose_device(study)
-    fillings: list[list[nn.Module | str | None]] = []
-    for slot in space.slots:
-        spec = teacher.slot(slot.name)
-        fillings.append([None, *(library.missing(slot.name, choice) or library.load_surrogate(spec, choice).to(device)
-                                 for choice in slot.choices[1:])])
-    images = load_validation(study, teacher)
-    evaluator = Evaluator(teacher, space, fillings, images=images, protocol=read_task(study).protocol,
-                          costs=build_cost_table(teacher, space), device=device)
-    return evaluator, space, images
 
 
 def _with_objectives(measurement: Measurement, space: SearchSpace, teacher: Measurement) -> Measurement:

@@ -9,12 +9,15 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ens.config import ConfigError, StudyConfig, parse_choices
 from ens.data.folders import load_pairs
 from ens.data.pairs import Patches, ValidationSet, load_validation_set
 from ens.data.tasks import Task, create_task
 from ens.distill.library import BUILTIN, Library, LibraryError, create_library, open_library
+from ens.evaluate.cost import build_cost_table
+from ens.evaluate.evaluator import Evaluator
 from ens.export.hybrid import build_hybrid, open_network
 from ens.networks import create_network
 from ens.networks.slots import build_space
@@ -83,6 +86,22 @@ def build_genotype(teacher: Network, space: SearchSpace, library: Library, genot
     """The hybrid of a genotype with the library's weights, in evaluation mode."""
     return build_hybrid(teacher, {name: library.load_surrogate(teacher.slot(name), choice)
                                   for name, choice in space.replaced(genotype).items()})
+
+
+def build_evaluator(study: StudyConfig, library: Library) -> tuple[Evaluator, SearchSpace, ValidationSet]:
+    """The evaluator with every surrogate the library holds, its space and its images."""
+    teacher = library.load_teacher()
+    space = read_space(study, teacher)
+    device = choose_device(study)
+    fillings: list[list[nn.Module | str | None]] = []
+    for slot in space.slots:
+        spec = teacher.slot(slot.name)
+        fillings.append([None, *(library.missing(slot.name, choice) or library.load_surrogate(spec, choice).to(device)
+                                 for choice in slot.choices[1:])])
+    images = load_validation(study, teacher)
+    evaluator = Evaluator(teacher, space, fillings, images=images, protocol=read_task(study).protocol,
+                          costs=build_cost_table(teacher, space), device=device)
+    return evaluator, space, images
 
 
 def choose_device(study: StudyConfig) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from ens import cli, pipeline
-from ens.config import StudyConfig
+from ens.config import StudyConfig, TrainConfig
 from ens.pipeline import Control, Interrupted
 
 
@@ -134,6 +135,16 @@ def test_wrong_input_names_what_is_allowed(run_cli: Callable[..., int], capsys: 
 
 def test_a_missing_option_is_a_usage_error(run_cli: Callable[..., int]) -> None:
     assert run_cli("search", "demo") == 2
+
+
+def test_a_teacher_of_ens_train_is_half_of_the_loss_unless_a_weight_says_more(
+        run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr(pipeline, "train", lambda study, out, control: seen.append(study.train) or nn.Identity())
+    for weight in ((), ("--teacher-weight", "0.9")):
+        assert run_cli("train", "demo", "--out", "x", "--teacher", str(tmp_path / "big: one.pth"), *weight) == 0
+    assert [(train.taught_by, train.taught_weight) for train in seen] == [
+        (str(tmp_path / "big: one.pth"), 0.5), (str(tmp_path / "big: one.pth"), 0.9)]
 
 
 def test_info_names_everything_a_study_may_use(run_cli: Callable[..., int],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,6 +97,32 @@ def check_by_brute_force(study: StudyConfig, out: Path, *, num_genotypes: int) -
         assert values["psnr_drop_db"] == pytest.approx(mean_psnr(teacher) - mean_psnr(hybrid), abs=1e-9)
         assert values["macs"] == count_cost(hybrid, (1, 3, 256, 256)).macs
         assert values["params"] == sum(p.numel() for p in hybrid.parameters())
+
+
+def test_receptive_fields_of_a_slot_are_drawn_for_every_state_there_is(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, onnx = finished
+    maps = pipeline.inspect_erf(out, "latent", tmp_path / "erf.png")
+    tuned = int(onnx.stem.split("-")[1])  # the latent stage is the second of the two slots
+    assert list(maps) == ["restormer×2", "restormer×1", "vssd×1"] and list(maps["restormer×2"]) == ["teacher"]
+    for index, choice in enumerate(list(maps)[1:], 1):
+        assert list(maps[choice]) == ["before", "distilled", *(["fine-tuned"] if index == tuned else [])]
+    assert read_photo(tmp_path / "erf.png").pixels.std() > 0
+    with pytest.raises(ValueError, match="it searches encoder_level2, latent"):
+        pipeline.inspect_erf(out, "refinement", tmp_path / "erf.png")
+
+
+def test_a_second_teacher_and_its_weight_replace_those_of_the_study(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, _ = finished
+    said: list[str] = []
+    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("*.lock"))
+    other = pipeline.finetune(tmp_path / "run", "0-0", Control(say=said.append), taught_weight=0.25,
+                              taught_by=str(out / "teacher" / "teacher.safetensors"))
+    assert "finetune: the loss is 0.75·L1 to the target + 0.25·L1 to the teacher's output" in said
+    with pytest.raises(ValueError, match="from 0 to 1, got 2"):
+        pipeline.finetune(tmp_path / "run", "1-0", taught_weight=2)
+    assert other.exists()
 
 
 def test_a_second_run_repeats_nothing_and_says_so(finished: tuple[StudyConfig, Path, Path]) -> None:
