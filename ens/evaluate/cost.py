@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ens.networks.steps import Network, create_filling
-from ens.space import SearchSpace
+from ens.networks.steps import Network, SlotSpec, create_filling
+from ens.space import Choice, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,17 @@ def build_cost_table(network: Network, space: SearchSpace, *, height: int = 256,
     total = count_cost(network, (1, network.in_channels, height, width))
     rest = (total.params, total.macs)
     entries: list[list[tuple[int, int]]] = []
+    known: dict[tuple[SlotSpec, Choice], Cost] = {}
     for slot in space.slots:
         spec = network.slot(slot.name)
         shape = (1, spec.channels, height // spec.downscale, width // spec.downscale)
-        modules = [network.get_submodule(spec.module), *(create_filling(spec, choice) for choice in slot.choices[1:])]
-        counted = [count_cost(module, shape) for module in modules]
-        rest = (rest[0] - counted[0].params, rest[1] - counted[0].macs)
-        entries.append([(cost.params, cost.macs) for cost in counted])
+        own = count_cost(network.get_submodule(spec.module), shape)
+        rest = (rest[0] - own.params, rest[1] - own.macs)
+        entries.append([(own.params, own.macs)])
+        for choice in slot.choices[1:]:
+            alike = (replace(spec, name="", module="", depth=0), choice)  # stages of one shape are counted once
+            if alike not in known:
+                with torch.device("meta"):  # sizes are all that counts, so no time goes into random weights
+                    known[alike] = count_cost(create_filling(spec, choice), shape)
+            entries[-1].append((known[alike].params, known[alike].macs))
     return CostTable(rest=rest, entries=entries)
