@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ens.ops.scan_op
 from ens.ops.native import ScanInputs, load_kernels, scan_backward, scan_forward
-from ens.ops.scan_op import scan_chunked, scan_flops
+from ens.ops.scan_op import scan_flops
 from ens.ops.scan_order import FOUR_DIRECTIONS, scan_order
 from ens.ops.selective_scan import selective_scan, selective_scan_directions, selective_scan_loop
 
+ROOT = Path(__file__).resolve().parents[1]
 needs_kernel = pytest.mark.skipif(load_kernels() is None, reason="the native kernel is not built: not compared")
 
 
@@ -90,12 +97,13 @@ def test_directions_equal_reordering_by_hand_with_gradients(path: str, merge: bo
 
 
 @needs_kernel
-@settings(max_examples=30, deadline=None)
-@given(lanes=st.sampled_from([4, 8, 16]), length=st.sampled_from([1, 3, 63, 64, 65, 200]), batch=st.integers(1, 2),
+@settings(max_examples=40, deadline=None)
+@given(lanes=st.sampled_from([4, 8, 16]), length=st.sampled_from([1, 2, 3, 63, 64, 65, 130]), batch=st.integers(1, 2),
        per_group=st.sampled_from([1, 5, 16, 33]), groups=st.sampled_from([1, 2]),
        states=st.sampled_from([1, 4, 16, 64]), optional=st.booleans(), softplus=st.booleans())
-def test_every_instruction_set_equals_the_chunked_path(lanes: int, length: int, batch: int, per_group: int, groups: int,
-                                                       states: int, optional: bool, softplus: bool) -> None:
+def test_every_instruction_set_equals_the_loop_with_gradients(lanes: int, length: int, batch: int, per_group: int,
+                                                              groups: int, states: int, optional: bool,
+                                                              softplus: bool) -> None:
     channels = groups * per_group
     tensors = [normal(batch, channels, length, seed=1), normal(batch, channels, length, seed=2),
                -torch.exp(normal(channels, states)), normal(batch, groups, states, length, seed=3),
@@ -109,7 +117,7 @@ def test_every_instruction_set_equals_the_chunked_path(lanes: int, length: int, 
     dy, dlast = normal(batch, channels, length, seed=7), normal(batch, channels, states, seed=8)
     grads = scan_backward(inputs, kept, dy, dlast, lanes=lanes)
     leaves = [None if m is None else m.double().requires_grad_() for m in tensors]
-    truth = scan_chunked(ScanInputs(*leaves, None, False, False, softplus))  # type: ignore[arg-type]
+    truth = selective_scan_loop(*leaves, delta_softplus=softplus, return_last_state=True)  # type: ignore[arg-type]
     present = [m for m in leaves if m is not None]
     true_grads = torch.autograd.grad(truth, present, (dy.double(), dlast.double()))
     assert error(y, truth[0]) < 1e-4 and error(last, truth[1]) < 1e-5
@@ -117,6 +125,40 @@ def test_every_instruction_set_equals_the_chunked_path(lanes: int, length: int, 
     mine[3:5] = [m.transpose(2, 3) for m in mine[3:5]]
     for a, b in zip(mine, true_grads, strict=True):
         assert error(a, b) < 1e-4
+
+
+@settings(max_examples=20, deadline=None)
+@given(length=st.sampled_from([1, 2, 3, 63, 65]), per_group=st.sampled_from([1, 5]), groups=st.sampled_from([1, 2]),
+       states=st.sampled_from([1, 4, 16, 64]))
+def test_portable_path_equals_the_loop_with_gradients_in_float64(length: int, per_group: int, groups: int,
+                                                                 states: int) -> None:
+    channels = groups * per_group
+    leaves = [m.double().requires_grad_() for m in (
+        normal(1, channels, length), normal(1, channels, length, seed=1), -torch.exp(normal(channels, states)),
+        normal(1, groups, states, length), normal(1, groups, states, length, seed=1), normal(channels),
+        normal(1, channels, length, seed=2), normal(channels, seed=1))]
+    weights = normal(1, channels, length, seed=3).double(), normal(1, channels, states, seed=4).double()
+    results = []
+    for scan in (selective_scan, selective_scan_loop):
+        outputs = scan(*leaves, delta_softplus=True, return_last_state=True)
+        assert isinstance(outputs, tuple)
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, weights)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@needs_kernel
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"])
+def test_nan_in_gives_nan_out_and_no_crash(lanes: int, name: str) -> None:
+    tensors = {"u": normal(1, 19, 70), "delta": normal(1, 19, 70, seed=1), "A": -torch.exp(normal(19, 5)),
+               "B": normal(1, 1, 5, 70), "C": normal(1, 1, 5, 70, seed=1), "D": normal(19),
+               "z": normal(1, 19, 70, seed=2), "delta_bias": normal(19, seed=1)}
+    tensors[name].view(-1)[-1] = float("nan")
+    inputs = ScanInputs(**tensors, order=None, shared=False, summed=False, delta_softplus=True)
+    y, _, kept = scan_forward(inputs, keep=True, lanes=lanes)
+    assert y[..., -1].isnan().any(), "a NaN of the last step is not seen in the last step"
+    assert any(grad.isnan().any() for grad in scan_backward(inputs, kept, torch.ones_like(y), None, lanes=lanes))
 
 
 def op_arguments(*, keep: bool) -> tuple[object, ...]:
@@ -130,13 +172,16 @@ def op_arguments(*, keep: bool) -> tuple[object, ...]:
 @pytest.mark.parametrize("keep", [True, False])
 def test_operator_passes_opcheck(keep: bool) -> None:
     checks = ["test_schema", "test_faketensor", "test_autograd_registration"]
-    torch.library.opcheck(torch.ops.ens.selective_scan, op_arguments(keep=keep), test_utils=checks)
+    results = torch.library.opcheck(torch.ops.ens.selective_scan, op_arguments(keep=keep), test_utils=checks)
+    assert results == dict.fromkeys(checks, "SUCCESS")
 
 
 @needs_kernel
 @pytest.mark.slow
 def test_operator_passes_opcheck_with_dynamic_shapes_and_gradients() -> None:
-    torch.library.opcheck(torch.ops.ens.selective_scan, op_arguments(keep=True), test_utils="test_aot_dispatch_dynamic")
+    check = "test_aot_dispatch_dynamic"
+    results = torch.library.opcheck(torch.ops.ens.selective_scan, op_arguments(keep=True), test_utils=check)
+    assert results == {check: "SUCCESS"}
 
 
 @needs_kernel
@@ -172,6 +217,55 @@ def test_missing_kernel_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         selective_scan(u, u.abs(), A, B, B)
+
+
+def build_wheel(folder: Path, **environment: str) -> Path:
+    """The wheel of this checkout, unpacked; built in a copy, so that no earlier build is found."""
+    source, wheels = folder / "source", folder / "wheels"
+    shutil.copytree(ROOT / "ens", source / "ens", ignore=shutil.ignore_patterns("__pycache__", "*.so", "pretrained"))
+    shutil.copytree(ROOT / "search_spaces", source / "search_spaces")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir",
+                    str(wheels), str(source)], check=True, env={**os.environ, **environment})
+    zipfile.ZipFile(next(wheels.glob("ens-*.whl"))).extractall(folder / "installed")
+    return folder / "installed"
+
+
+SCAN_TWICE = """
+import warnings
+import torch
+warnings.simplefilter("always")
+with warnings.catch_warnings(record=True) as said:
+    from ens.ops.selective_scan import scan_backends, selective_scan
+    u, A, B = torch.ones(1, 2, 5), -torch.ones(2, 3), torch.ones(1, 3, 5)
+    results = [selective_scan(u, u, A, B, B) for _ in range(2)]
+print(scan_backends()["cpu"], sum("compiler" in str(entry.message) for entry in said), sep="|", end="")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", [True, False])
+def test_wheel_holds_the_kernel_and_without_a_compiler_says_once_that_it_does_not(tmp_path: Path,
+                                                                                  compiler: bool) -> None:
+    if compiler and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler: the wheel with the kernel was not built")
+    installed = build_wheel(tmp_path, **({} if compiler else {"CC": "/no/compiler", "CXX": "/no/compiler"}))
+    assert bool(list(installed.glob("ens/ops/native/kernels*"))) == compiler
+    output = subprocess.run([sys.executable, "-c", SCAN_TWICE], check=True, capture_output=True, text=True,
+                            cwd=installed, env={**os.environ, "PYTHONPATH": str(installed)}).stdout
+    path, warned = output.split("|")
+    assert path.startswith("native kernel" if compiler else "chunked PyTorch path") and warned == str(int(not compiler))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None,
+                    reason="no g++ on Linux: the kernel was not run with sanitizers")
+def test_sanitizers_find_nothing() -> None:
+    """scripts/sanitize builds the kernel with AddressSanitizer and UndefinedBehaviorSanitizer and runs its tests."""
+    result = subprocess.run(["scripts/sanitize"], cwd=ROOT, capture_output=True, text=True,
+                            env={**os.environ, "PYTHON": sys.executable})
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
 
 
 def test_bad_orders_raise(path: str) -> None:

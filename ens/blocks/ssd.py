@@ -1,7 +1,6 @@
 """Causal state-space duality block (Mamba-2, arXiv 2405.21060) that scans rows and columns both ways.
 
-Shapes: x (B, C, H, W) -> (B, C, H, W), any H and W. No flip and no cumulative sum: the backward scan is the forward
-one with the triangular matrices transposed.
+Shapes: x (B, C, H, W) -> (B, C, H, W), any H and W. Exported it is matrix products: no flip, no cumulative sum.
 """
 
 from __future__ import annotations
@@ -14,21 +13,21 @@ from torch.nn import functional as F
 
 from ens.blocks.conv import GatedConv, depthwise, projection
 from ens.blocks.norm import ChannelNorm
-from ens.ops.ssd import ssd
+from ens.ops.ssd import ssd_rows
 
 
 class RowColumnMixer(nn.Module):
     """The first half of the heads scans every row, the second half every column, each forward and backward.
 
-    A row (or column) is one sequence, so the length is a side of the image, not its area, and one level of chunks is
-    enough. The step size is a sigmoid, not Mamba-2's softplus, which edge runtimes lack.
+    A row (or column) is one sequence, so the length is a side of the image, not its area. The step size is a sigmoid,
+    not Mamba-2's softplus, which edge runtimes lack.
     """
 
-    def __init__(self, channels: int, *, hidden: int, states: int, heads: int, chunk_size: int) -> None:
+    def __init__(self, channels: int, *, hidden: int, states: int, heads: int) -> None:
         super().__init__()
         if heads % 2 or hidden % heads:
             raise ValueError(f"num_heads must be even and divide the hidden channels, got {heads} and {hidden}")
-        self.hidden, self.states, self.heads, self.chunk_size = hidden, states, heads, chunk_size
+        self.hidden, self.states, self.heads = hidden, states, heads
         self.norm = ChannelNorm(channels)
         self.project_in = projection(channels, 2 * hidden + 4 * states + heads)
         self.dwconv = depthwise(hidden + 4 * states, 3)
@@ -54,27 +53,19 @@ class RowColumnMixer(nn.Module):
 
     def _scan(self, value: Tensor, dt: Tensor, matrices: Tensor, first: int) -> Tensor:
         """Both directions along the last axis; value (B, E, H, W), dt (B, heads, H, W), matrices (B, 2N, H, W)."""
-        batch, channels, height, width = value.shape
-        heads = dt.shape[1]
-        x = value.permute(0, 2, 3, 1).reshape(-1, width, heads, channels // heads)
-        steps = dt.permute(0, 2, 3, 1).reshape(-1, width, heads)
-        both = matrices.permute(0, 2, 3, 1).reshape(-1, width, 1, 2 * self.states)
-        write, read = both[..., :self.states], both[..., self.states:]
-        decay = -torch.exp(self.A_log[first:first + heads])
-        skip = self.D[first:first + heads]
-        y = ssd(x, steps, decay, write, read, self.chunk_size, skip, levels=1)
-        y = y + ssd(x, steps, decay, write, read, self.chunk_size, reverse=True, levels=1)
-        return y.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+        heads = slice(first, first + dt.shape[1])
+        y = ssd_rows(value.unflatten(1, (dt.shape[1], -1)), dt, -torch.exp(self.A_log[heads]),
+                     matrices[:, :self.states], matrices[:, self.states:], self.D[heads])
+        return y.flatten(1, 2)
 
 
 class SSDBlock(nn.Module):
-    """x + row and column scans, then x + gated depth-wise feed-forward. `state` is N, `chunk_size` steps a product."""
+    """x + row and column scans, then x + gated depth-wise feed-forward. `state` is N."""
 
     def __init__(self, channels: int, *, state: int = 16, expand: float = 1.0, ffn_expand: float = 1.0,
-                 num_heads: int = 4, chunk_size: int = 32) -> None:
+                 num_heads: int = 4) -> None:
         super().__init__()
-        self.mixer = RowColumnMixer(channels, hidden=round(channels * expand), states=state, heads=num_heads,
-                                    chunk_size=chunk_size)
+        self.mixer = RowColumnMixer(channels, hidden=round(channels * expand), states=state, heads=num_heads)
         self.ffn = GatedConv(channels, max(1, round(channels * ffn_expand)))
 
     def forward(self, x: Tensor) -> Tensor:

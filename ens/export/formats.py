@@ -22,8 +22,6 @@ import yaml
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ens.blocks.directions import DirectionalScan
-from ens.blocks.vimm import MambaMixer
 from ens.data.images import write_atomic
 from ens.export.graph import tidy_graph
 from ens.networks.steps import Network, pad_to_multiple
@@ -60,7 +58,6 @@ def export_onnx(network: Network, path: str | Path, *, photo: Tensor, tolerance:
     """
     path = Path(path)
     network = network.cpu().eval()
-    check_exportable(network)
     if photo.ndim != 4 or photo.shape[:2] != (1, network.in_channels):
         raise ValueError(f"the photo is (1, {network.in_channels}, H, W), got {tuple(photo.shape)}")
     metadata = {"format": ONNX_FORMAT, "size_multiple": str(network.size_multiple), "upscale": str(network.upscale),
@@ -85,14 +82,6 @@ def export_onnx(network: Network, path: str | Path, *, photo: Tensor, tolerance:
     finally:
         Path(temporary).unlink(missing_ok=True)
     return error
-
-
-def check_exportable(network: Network) -> None:
-    """Raise ExportError naming the module where a selective scan sits: its recurrence has no ONNX form yet."""
-    for name, module in network.named_modules():
-        if isinstance(module, DirectionalScan | MambaMixer):
-            raise ExportError(f"{name or 'the network'} is a selective scan ({type(module).__name__}), which cannot be "
-                              "exported to ONNX; choose a genotype without it, or run the .safetensors file")
 
 
 def _convert(network: Network, metadata: Mapping[str, str]) -> bytes:
@@ -150,13 +139,15 @@ def measure_parity(network: Network, path: str | Path, *, photo: Tensor) -> floa
 def write_card(path: str | Path, facts: Mapping[str, str], *, model: str) -> None:
     """Write the YAML card of an exported file: `facts`, its hash, its input and output, and how to run it.
 
-    `model` is the name of the ONNX file beside the card.
+    A file with a selective scan gets a note that it is slow. `model` is the name of the ONNX file beside the card.
     """
     path = Path(path)
     data = (path.parent / model).read_bytes()
-    metadata = {entry.key: entry.value for entry in onnx.load_from_string(data).metadata_props}
+    proto = onnx.load_from_string(data)
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
     multiple, upscale, channels = (int(metadata[key]) for key in ("size_multiple", "upscale", "channels"))
-    card = {"model": model, "model_sha256": hashlib.sha256(data).hexdigest(), **facts,
+    note = {"note": _SLOW_NOTE} if any(node.op_type == "Scan" for node in proto.graph.node) else {}
+    card = {"model": model, "model_sha256": hashlib.sha256(data).hexdigest(), **facts, **note,
             "input": f"image: float32 (1, {channels}, H, W), RGB in [0, 1], H and W multiples of {multiple}",
             "output": f"restored: float32 (1, {channels}, {upscale}·H, {upscale}·W)",
             "run": _RUN.format(model=model, mode={1: "L", 3: "RGB"}.get(channels, "RGB"), multiple=multiple,
@@ -165,6 +156,8 @@ def write_card(path: str | Path, facts: Mapping[str, str], *, model: str) -> Non
     write_atomic(path, text.encode())
 
 
+_SLOW_NOTE = ("a selective scan in this file runs as an ONNX Scan, pixel after pixel: correct, and slow. The "
+              ".safetensors file in ens, or a hybrid without selective scans, is many times faster")
 _RUN = """\
 import numpy as np, onnxruntime, PIL.Image
 photo = np.atleast_3d(np.asarray(PIL.Image.open("in.png").convert("{mode}"), np.float32)) / 255

@@ -19,14 +19,13 @@ from ens.ops.scan_op import scan_op, uses_kernel
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int = 64, D: Tensor | None = None, *,
-        dt_bias: Tensor | None = None, dt_softplus: bool = False, reverse: bool = False,
-        levels: int | None = None) -> Tensor:
+        dt_bias: Tensor | None = None, dt_softplus: bool = False, reverse: bool = False) -> Tensor:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_tᵀ, y_t = C_t h_t + D x_t: mamba-ssm's arguments.
 
     x (B, L, H, P), dt (B, L, H) positive (or `dt_softplus`), A (H) negative, B and C (B, L, G, N), D (H) ->
     (B, L, H, P) in x's dtype; half-precision input is computed in float32. `reverse` runs the recurrence from the
-    last step to the first. `chunk_size` and `levels` concern the chunked form only: see `ssd_chunked`. Raises
-    ValueError for shapes that do not fit, zero length included.
+    last step to the first. `chunk_size` concerns mamba-ssm and the chunked form only. Raises ValueError for shapes that
+    do not fit, zero length included.
     """
     _check(x, dt, A, B, C, D)
     if chunk_size < 1:
@@ -41,7 +40,70 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int 
         return _ssd_cuda(fused, x, dt, A, B, C, chunk_size, D, reverse=reverse)
     if x.device.type == "cpu" and uses_kernel(dt) and not torch.compiler.is_compiling():
         return _ssd_kernel(x.to(dtype), dt, A, B, C, D, reverse=reverse).to(x.dtype)
-    return ssd_chunked(x.to(dtype), dt, A, B, C, chunk_size, D, reverse=reverse, levels=levels).to(x.dtype)
+    return ssd_chunked(x.to(dtype), dt, A, B, C, chunk_size, D, reverse=reverse).to(x.dtype)
+
+
+def ssd_rows(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk_size: int = 16) -> Tensor:
+    """Every row of a map forward and backward, added: what `ssd` and its reverse give row by row, D once.
+
+    Steps last: x (B, H, P, R, L), dt (B, H, R, L) positive, A and D (H), B and C (B, N, R, L) -> like x. Compiled,
+    exported, and where nothing faster runs it is matrix products in the edge operator contract, rank 5 at most.
+    """
+    if x.ndim != 5 or dt.shape != (*x.shape[:2], *x.shape[3:]) or A.shape != (x.shape[1],) or D.shape != A.shape:
+        raise ValueError(f"x is (B, H, P, R, L), dt (B, H, R, L), A and D (H), got {tuple(x.shape)}, "
+                         f"{tuple(dt.shape)}, {tuple(A.shape)} and {tuple(D.shape)}")
+    if B.ndim != 4 or B.shape != C.shape or (B.shape[0], *B.shape[2:]) != (x.shape[0], *x.shape[3:]):
+        raise ValueError(f"B and C are (B, N, R, L) beside x {tuple(x.shape)}, got {tuple(B.shape)} and "
+                         f"{tuple(C.shape)}")
+    if torch.compiler.is_compiling() or not (uses_kernel(dt) or (x.is_cuda and _load_mamba_ssm())):
+        return _rows_as_products(x, dt, A, B, C, chunk_size) + x * D.view(-1, 1, 1, 1)
+    x_, B_, C_ = (m.movedim((-2, -1), (1, 2)).flatten(0, 1) for m in (x, B[:, None], C[:, None]))
+    dt_ = dt.permute(0, 2, 3, 1).flatten(0, 1)
+    y = ssd(x_, dt_, A, B_, C_, D=D) + ssd(x_, dt_, A, B_, C_, reverse=True)
+    return y.unflatten(0, (x.shape[0], -1)).movedim((1, 2), (-2, -1))
+
+
+def _rows_as_products(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, size: int) -> Tensor:
+    """`ssd_rows` without D. Between two steps of a chunk both directions have one decay, so they share its product."""
+    batch, heads, width, rows, length = x.shape
+    chunks = _count_chunks(length, size)
+
+    def cut(m: Tensor) -> Tensor:  # (…, R, L) -> (…, R·K, T); padded steps have dt = 0
+        return _pad_steps(m, -1, chunks * size - length).reshape(*m.shape[:-2], rows * chunks, size)
+
+    decay_BHKT = cut(dt * A.view(-1, 1, 1))
+    x_BHKPT = cut(x * dt[:, :, None]).transpose(2, 3)
+    B_B1KTN, C_B1KNT = cut(B).permute(0, 2, 3, 1)[:, None], cut(C).transpose(1, 2)[:, None]
+    # Sums of log decays over the steps between are one product with a constant; no mask, every exponent is negative.
+    apart_BHKTT = torch.exp(decay_BHKT @ _between(size).to(x)).unflatten(-1, (size, size))
+    y = x_BHKPT @ ((B_B1KTN @ C_B1KNT) * (1 + torch.eye(size).to(x)) * apart_BHKTT)
+    total_BHRK = (decay_BHKT @ x.new_ones(size, 1)).reshape(batch, heads, rows, chunks)
+    for reverse in (False, True):
+        seen_TT = _past(size, reverse=reverse, like=x).T
+        until, since = torch.exp(decay_BHKT @ (1 - seen_TT)), torch.exp(decay_BHKT @ seen_TT)
+        left_BHKPN = (x_BHKPT * until[..., None, :]) @ B_B1KTN
+        carried = _carry_matrix(left_BHKPN.reshape(batch, heads, rows, chunks, -1), total_BHRK, reverse=reverse)
+        y = y + (carried.reshape(left_BHKPN.shape) @ C_B1KNT) * since[..., None, :]
+    return y.transpose(2, 3).reshape(batch, heads, width, rows, chunks * size)[..., :length]
+
+
+def _count_chunks(length: int, size: int) -> int:
+    """Chunks that hold `length` steps."""
+    # A length that stays open in an exported graph gets chunks to spare: one alone would be taken for a constant.
+    return (length + size - 1) // size if isinstance(length, int) else length // size + 2
+
+
+def _pad_steps(m: Tensor, axis: int, count: int) -> Tensor:
+    """Zeros behind the last step; no operator at all where none are known to be needed."""
+    behind = -axis % m.ndim - 1  # axes after this one
+    return m if isinstance(count, int) and count == 0 else F.pad(m, (*[0] * (2 * behind + 1), count))
+
+
+def _between(size: int) -> Tensor:
+    """(T, T·T): which steps k decay what step s writes on its way to step t, at [k, (s, t)]."""
+    step = torch.arange(size)
+    k, s, t = step[:, None, None], step[:, None], step
+    return (((s < k) & (k <= t)) | ((t <= k) & (k < s))).float().flatten(1)
 
 
 def _ssd_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, *, reverse: bool) -> Tensor:
@@ -74,36 +136,34 @@ def _load_mamba_ssm() -> Callable[..., Tensor] | None:
 
 
 def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int = 64, D: Tensor | None = None,
-                *, reverse: bool = False, levels: int | None = None) -> Tensor:
+                *, reverse: bool = False) -> Tensor:
     """`ssd` as matrix products over chunks (listing 1 of the paper), in the edge operator contract for one group.
 
     Arguments as for `ssd`, all of one float type and dt ready. `reverse` transposes the triangular matrices, nothing
-    is flipped. `levels` says how often chunks are grouped again: None takes what L needs, 1 keeps the graph free of
-    decisions on L (for export, L up to a few thousand).
+    is flipped. Chunks are grouped again as often as L needs, but once in an exported graph, which takes no decisions
+    on L (so L up to a few thousand there).
     """
     batch, length, heads, width = x.shape
     groups, states = B.shape[2:]
     # Padded steps have dt = 0: they decay nothing and add nothing, whichever way the recurrence runs.
-    chunks = (length + chunk_size - 1) // chunk_size
-    if torch.compiler.is_exporting():
-        chunks = length // chunk_size + 2  # an example with a single chunk would fix their number in the exported graph
+    chunks = _count_chunks(length, chunk_size)
     pad = chunks * chunk_size - length
-    dt_BKTH = F.pad(dt, (0, 0, 0, pad)).view(batch, chunks, chunk_size, heads)
-    x_BKTHP = F.pad(x, (0, 0, 0, 0, 0, pad)).view(batch, chunks, chunk_size, heads, width)
-    B_BKGTN, C_BKGTN = (F.pad(m, (0, 0, 0, 0, 0, pad)).view(batch, chunks, chunk_size, groups, states).transpose(2, 3)
+    dt_BKTH = _pad_steps(dt, 1, pad).reshape(batch, chunks, chunk_size, heads)
+    x_BKTHP = _pad_steps(x, 1, pad).reshape(batch, chunks, chunk_size, heads, width)
+    B_BKGTN, C_BKGTN = (_pad_steps(m, 1, pad).reshape(batch, chunks, chunk_size, groups, states).transpose(2, 3)
                         for m in (B, C))
 
     past_TT = _past(chunk_size, reverse=reverse, like=dt)
     decay_BKHT = (dt_BKTH * A).transpose(2, 3)
     sum_BKHT = decay_BKHT @ past_TT.T
-    total_BKH = decay_BKHT.sum(-1)
+    total_BKH = (decay_BKHT @ dt.new_ones(chunk_size, 1)).squeeze(-1)
     xdt_BKTHP = x_BKTHP * dt_BKTH[..., None]
 
     inside = _inside_chunks(xdt_BKTHP, sum_BKHT, B_BKGTN, C_BKGTN, past_TT)
     grouped = (batch, chunks, chunk_size, groups, heads // groups * width)
     tail_BKTH1 = torch.exp(total_BKH[..., None] - sum_BKHT).transpose(2, 3)[..., None]
     left_BKGNQ = B_BKGTN.transpose(3, 4) @ (xdt_BKTHP * tail_BKTH1).reshape(grouped).transpose(2, 3)
-    carried_BKGNQ = _carry_grouped(left_BKGNQ, total_BKH, max(chunk_size, 16), reverse=reverse, levels=levels)
+    carried_BKGNQ = _carry_grouped(left_BKGNQ, total_BKH, max(chunk_size, 16), reverse=reverse)
     before = (C_BKGTN @ carried_BKGNQ).transpose(2, 3).reshape(batch, chunks, chunk_size, heads, width)
     y = inside.transpose(2, 3) + before * torch.exp(sum_BKHT).transpose(2, 3)[..., None]
     y = y.reshape(batch, chunks * chunk_size, heads, width)[:, :length]
@@ -127,8 +187,7 @@ def _inside_chunks(xdt_BKTHP: Tensor, sum_BKHT: Tensor, B_BKGTN: Tensor, C_BKGTN
     return (scores * (torch.exp(exponent) * past_TT)) @ xdt_BKTHP.transpose(2, 3)
 
 
-def _carry_grouped(left_BKGNQ: Tensor, total_BKH: Tensor, group: int, *, reverse: bool,
-                   levels: int | None) -> Tensor:
+def _carry_grouped(left_BKGNQ: Tensor, total_BKH: Tensor, group: int, *, reverse: bool) -> Tensor:
     """State that enters each chunk, from what each chunk leaves behind: (B, K, G, N, R·P) -> same."""
     batch, chunks, groups, states, columns = left_BKGNQ.shape
     heads = total_BKH.shape[2]
@@ -136,24 +195,22 @@ def _carry_grouped(left_BKGNQ: Tensor, total_BKH: Tensor, group: int, *, reverse
     total_BHK = total_BKH.transpose(1, 2)
     if groups == 1:  # rank 5 all the way, for edge runtimes
         left_BHKQ = left_BKGNQ.reshape(batch, chunks, states, heads, width).permute(0, 3, 1, 2, 4).flatten(3)
-        carried = carry(left_BHKQ, total_BHK, group, reverse=reverse, levels=levels)
+        carried = carry(left_BHKQ, total_BHK, group, reverse=reverse)
         carried = carried.reshape(batch, heads, chunks, states, width).permute(0, 2, 3, 1, 4)
         return carried.reshape(batch, chunks, 1, states, columns)
     left = left_BKGNQ.reshape(batch, chunks, groups, states, heads // groups, width).permute(0, 2, 4, 1, 3, 5)
-    carried = carry(left.flatten(4).flatten(1, 2), total_BHK, group, reverse=reverse, levels=levels)
+    carried = carry(left.flatten(4).flatten(1, 2), total_BHK, group, reverse=reverse)
     carried = carried.reshape(batch, groups, heads // groups, chunks, states, width)
     return carried.permute(0, 3, 1, 4, 2, 5).flatten(4)
 
 
-def carry(left_BHKQ: Tensor, total_BHK: Tensor, group: int, *, reverse: bool = False,
-          levels: int | None = None) -> Tensor:
+def carry(left_BHKQ: Tensor, total_BHK: Tensor, group: int, *, reverse: bool = False) -> Tensor:
     """e_k = Σ over earlier j of exp(total_{j+1} + … + total_{k-1}) left_j: the state that enters chunk k.
 
-    Matrix products over groups of `group` chunks, grouped again up to `levels` times, so the work stays
-    proportional to K.
+    Matrix products over groups of `group` chunks, grouped again and again, so the work stays proportional to K.
     """
     chunks = left_BHKQ.shape[2]
-    if levels == 1 or (levels is None and chunks <= group):
+    if torch.compiler.is_exporting() or chunks <= group:
         return _carry_matrix(left_BHKQ, total_BHK, reverse=reverse)
     pad = -chunks % group
     left = F.pad(left_BHKQ, (0, 0, 0, pad)).view(*total_BHK.shape[:2], -1, group, left_BHKQ.shape[3])
@@ -161,7 +218,7 @@ def carry(left_BHKQ: Tensor, total_BHK: Tensor, group: int, *, reverse: bool = F
     inside = _carry_matrix(left, total, reverse=reverse)
     last = 0 if reverse else -1
     group_left = inside[..., last, :] * torch.exp(total[..., last, None]) + left[..., last, :]
-    entering = carry(group_left, total.sum(-1), group, reverse=reverse, levels=None if levels is None else levels - 1)
+    entering = carry(group_left, total.sum(-1), group, reverse=reverse)
     before = _past(group, reverse=reverse, like=total) - torch.eye(group, dtype=total.dtype, device=total.device)
     result = inside + torch.exp(total @ before.T)[..., None] * entering[..., None, :]
     return result.flatten(2, 3)[:, :, :chunks]

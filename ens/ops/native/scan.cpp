@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cstring>
 #include <new>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -92,25 +91,19 @@ std::vector<Unit> divide(const ScanCall& call, int64_t lanes) {
     return units;
 }
 
+// OpenMP, and not threads of our own: this is PyTorch's pool, whose workers spin between operators and would compete.
+// Compiled without OpenMP it is a plain loop.
 template <typename Work>
 int run_parallel(const std::vector<Unit>& units, int64_t threads, Work work) {
     std::atomic<size_t> next{0};
     std::atomic<int> status{0};
-    auto loop = [&] {
-        try {
-            for (size_t i = next++; i < units.size(); i = next++) work(units[i]);
-        } catch (const std::bad_alloc&) {
-            status = 1;
-        }
-    };
-    std::vector<std::thread> workers;
+    [[maybe_unused]] const int team = static_cast<int>(std::min<int64_t>(threads, units.size()));
+#pragma omp parallel num_threads(team) if (team > 1)
     try {
-        for (int64_t i = 1; i < std::min<int64_t>(threads, units.size()); ++i) workers.emplace_back(loop);
-    } catch (...) {
-        // No more threads to be had: those that started, and this one, do the work.
+        for (size_t i = next++; i < units.size(); i = next++) work(units[i]);
+    } catch (const std::bad_alloc&) {
+        status = 1;
     }
-    loop();
-    for (auto& worker : workers) worker.join();
     return status;
 }
 
