@@ -275,8 +275,8 @@ def restore(
     model: Annotated[Path, typer.Argument(metavar="FILE", help="Exported .onnx file, hybrid or checkpoint.")],
     source: Annotated[Path, typer.Argument(metavar="IN", help="Image, or folder of images.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Image or folder to write.")],
-    tile: Annotated[int | None, typer.Option(metavar="PX", help="Work in tiles of this size.")] = None,
-    tile_overlap: Annotated[int, typer.Option(metavar="PX", help="Overlap of the tiles.")] = 32,
+    tile: Annotated[int | None, typer.Option(metavar="PX", min=1, help="Work in tiles of this size.")] = None,
+    tile_overlap: Annotated[int, typer.Option(metavar="PX", min=0, help="Overlap of the tiles.")] = 32,
     threads: Annotated[int | None, typer.Option(metavar="N", help="Threads of the runtime.")] = None,
 ) -> None:
     """Restore an image, or every image of a folder."""
@@ -311,23 +311,24 @@ def evaluate(
     task: Task,
     protocol: Annotated[str, typer.Option(help="Evaluation protocol instead of the task's own.")] = "",
     crop: Annotated[int | None, typer.Option(metavar="PX", help="Cut this square out of the centre first.")] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Take the first N images.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Take the first N images.")] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", help="Threads of an exported file's runtime.")] = None,
 ) -> None:
     """Score a file on a folder of images: protocol, data, PSNR and SSIM."""
     from ens import pipeline
     from ens.data.tasks import create_task
 
+    job = create_task(task)
     with _reporting() as control:
-        results = pipeline.evaluate(checkpoint, data, create_task(task), control, protocol=protocol, crop_px=crop,
-                                    limit=limit, threads=threads)
+        results = pipeline.evaluate(checkpoint, data, job, control, protocol=protocol, crop_px=crop, limit=limit,
+                                    threads=threads)
     first = results[0]
     table = _table(("image",), (*(("input dB",) if first.inputs else ()), "PSNR dB", "SSIM"))
     for index, (name, score) in enumerate(zip(first.names, first.outputs, strict=True)):
         before = (f"{first.inputs[index].psnr_db:.2f}",) if first.inputs else ()
         table.add_row(name, *before, f"{score.psnr_db:.2f}", f"{score.ssim:.4f}")
     _out.print(table)
-    _say(f"data     {first.fingerprint}")
+    _say(f"data     {first.fingerprint}\ntask     {job}")
     for result in results:
         psnr_db, ssim, input_db = result.means()
         gain = f" (input {input_db:.2f} dB, gain {psnr_db - input_db:+.2f} dB)" if result.inputs else ""

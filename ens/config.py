@@ -112,6 +112,8 @@ class StudyConfig:
     threads: int = 0
 
     def __post_init__(self) -> None:
+        if self.search.budget < 1 or self.search.batch_size < 1:
+            raise ConfigError("search.budget and search.batch_size are at least 1")
         if self.granularity not in ("stage", "block"):
             raise ConfigError(f"granularity is 'stage' or 'block', got {self.granularity!r}")
         if bool(self.train.taught_by) != bool(self.train.taught_weight):
@@ -192,17 +194,18 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
 
 
 RUN_FILE = "study.yaml"
+_MADE = ("teacher", "library", "archive.db")
 _MAY_CHANGE = ("search.budget", "device", "threads")
 
 
 def save_run(out: Path, study: StudyConfig) -> None:
     """Keep the study in its run folder; raises ConfigError, with the differences, where another one ran there before.
 
-    Only the budget, the device and the number of threads may change between two calls.
+    Only the budget, the device and the number of threads may change, once there is something that was made with them.
     """
     path = out / RUN_FILE
     content = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(study))), sort_keys=False, allow_unicode=True)
-    if path.exists():
+    if path.exists() and any((out / made).exists() for made in _MADE):
         before, now = _flatten(yaml.safe_load(path.read_text(encoding="utf-8"))), _flatten(yaml.safe_load(content))
         changed = [f"{key}: {before.get(key)} there, {now.get(key)} now" for key in sorted({*before, *now})
                    if before.get(key) != now.get(key) and key not in _MAY_CHANGE]
@@ -256,8 +259,8 @@ def parse_choices(entries: Sequence[Any]) -> tuple[Choice, ...]:
     return tuple(choices)
 
 
-def build_config(kind: type[Config], raw: Mapping[str, Any], prefix: str = "") -> Config:
-    """Fill a config dataclass from plain YAML values, checking keys and types."""
+def build_config(kind: type[Config], raw: Mapping[str, Any], prefix: str = "", default: Any = None) -> Config:
+    """Fill a config dataclass from plain YAML values, checking keys and types; the rest is that of `default`."""
     hints = typing.get_type_hints(kind)
     for key in raw:
         if key not in hints:
@@ -268,14 +271,15 @@ def build_config(kind: type[Config], raw: Mapping[str, Any], prefix: str = "") -
                and field.name not in raw]
     if missing:
         raise ConfigError(f"key {prefix}{missing[0]} is missing")
-    return kind(**{key: _convert(hints[key], value, prefix + key) for key, value in raw.items()})
+    values = {key: _convert(hints[key], value, prefix + key, getattr(kind, key, None)) for key, value in raw.items()}
+    return kind(**values) if default is None else dataclasses.replace(default, **values)
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
+def _convert(hint: Any, value: Any, key: str, default: Any = None) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key} holds keys and values, got {value!r}")
-        return build_config(hint, value, f"{key}.")
+        return build_config(hint, value, f"{key}.", default)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(arguments[0], value, key)

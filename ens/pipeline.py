@@ -47,6 +47,7 @@ from ens.space import Genotype, Measurement, SearchSpace, format_genotype, parse
 from ens.study import (
     build_evaluator,
     build_genotype,
+    check_study,
     choose_device,
     create_study_network,
     load_patches,
@@ -76,6 +77,7 @@ QUIET = Control()
 
 def train(study: StudyConfig, out: Path, control: Control = QUIET) -> Network:
     """Bring the teacher: the study's own (checkpoint or `builtin:NAME`), or train one from scratch into `teacher/`."""
+    check_study(study)
     _hold(out)
     save_run(out, study)
     if study.device == "auto" and choose_device(study) == "cpu":
@@ -263,10 +265,12 @@ def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET,
     if str(model).startswith(BUILTIN):
         network = open_library(str(model)).load_teacher()
         restore: Callable[[Tensor], Tensor] = network
-        channels = network.in_channels
+        channels, upscale = network.in_channels, network.upscale
     else:
         session = open_session(model, threads=threads)
-        restore, channels = session.restore, session.channels
+        restore, channels, upscale = session.restore, session.channels, session.upscale
+    if upscale != task.scale:
+        raise ValueError(f"{model} enlarges {upscale} times, the task {task.scale} times")
     images = load_validation_set(data, task, channels=channels, crop_px=crop_px, limit=limit)
     scores = evaluate_protocols(restore, images, rules,
                                 on_progress=lambda done, total: control.progress("evaluate", done, total, "images"))

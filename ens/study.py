@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ens.config import ConfigError, StudyConfig, parse_choices
-from ens.data.folders import load_pairs
+from ens.data.folders import find_pairs, load_pairs
 from ens.data.pairs import Patches, ValidationSet, load_validation_set
 from ens.data.tasks import Task, create_task
 from ens.distill.library import BUILTIN, Library, LibraryError, create_library, open_library
@@ -21,8 +21,26 @@ from ens.evaluate.evaluator import Evaluator
 from ens.export.hybrid import build_hybrid, open_network
 from ens.networks import create_network
 from ens.networks.slots import build_space
-from ens.networks.steps import Network
+from ens.networks.steps import Network, create_filling
+from ens.search import create_engine
+from ens.search.objectives import find_objectives
 from ens.space import Genotype, SearchSpace
+
+
+def check_study(study: StudyConfig) -> None:
+    """Raise now what would otherwise be found out after hours of training: names, choices, device and folders."""
+    choose_device(study)
+    find_pairs(study.data.validation, scale=read_task(study).scale)
+    find_objectives(study.search.objectives)
+    with torch.device("meta"):  # in no time, and without the memory of a large network
+        network = create_study_network(study) if not study.teacher else None
+    network = network or open_location(study.teacher)
+    space = read_space(study, network)
+    with torch.device("meta"):
+        for slot in space.slots:
+            for choice in slot.choices[1:]:
+                create_filling(network.slot(slot.name), choice)
+    create_engine(study.search.engine, space, seed=study.seed)
 
 
 def read_task(study: StudyConfig) -> Task:
@@ -108,6 +126,8 @@ def choose_device(study: StudyConfig) -> str:
     """`auto` is the GPU where there is one; raises ConfigError for a GPU that is not there."""
     if study.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if study.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"{study.name}: device is auto, cpu, cuda or cuda:1, got {study.device!r}")
     if study.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"{study.name}: device {study.device} is asked for, but torch sees no GPU; use auto or cpu")
     return study.device

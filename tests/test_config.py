@@ -35,6 +35,7 @@ def test_folders_are_relative_to_the_study_and_the_name_is_the_files(tmp_path: P
     ("train: {lr: fast}", "train.lr is a number, got 'fast'"),
     ("train: {phases: [[0, 64]]}", r"has 3 entries"),
     ("train: {taught_weight: 0.5}", "go together"),
+    ("search: {budget: 0}", "at least 1"),
     ("granularity: layer", "'stage' or 'block'"),
     ("slots: {latent: [vssd×1]}", "either `choices`"),
     ("a: [", "not valid YAML"),
@@ -79,6 +80,7 @@ def test_a_run_folder_keeps_its_study_and_refuses_another(tmp_path: Path) -> Non
     assert open_run(tmp_path / "run") == study
     save_run(tmp_path / "run", load_study(write(tmp_path, STUDY + "search: {budget: 7}")))
     assert open_run(tmp_path / "run").search.budget == 7
+    (tmp_path / "run" / "archive.db").touch()
     with pytest.raises(ConfigError, match="seed: 0 there, 1 now"):
         save_run(tmp_path / "run", load_study(write(tmp_path, STUDY + "seed: 1\nsearch: {budget: 7}")))
 
@@ -88,3 +90,18 @@ def test_the_paper_is_the_default() -> None:
     assert (study.search.engine, study.search.budget, study.search.objectives) == (
         "ehvi", 500, ("psnr_drop_db", "penalty"))
     assert (study.penalty.teacher, study.penalty.per_block) == (2.0, 0.1)
+
+
+def test_a_section_keeps_its_own_defaults_for_keys_that_are_not_given(tmp_path: Path) -> None:
+    finetune = load_study(write(tmp_path, STUDY + "finetune: {steps: 3}")).finetune
+    assert (finetune.steps, finetune.taught_weight, finetune.phases) == (3, 0.5, ((0, 64, 8),))
+
+
+def test_a_mistake_that_made_nothing_yet_can_be_corrected_in_the_same_run_folder(tmp_path: Path) -> None:
+    path, out = write(tmp_path, STUDY), tmp_path / "run"
+    save_run(out, load_study(path, {"seed": 1}))
+    save_run(out, load_study(path, {"seed": 2}))
+    (out / "teacher").mkdir()
+    with pytest.raises(ConfigError, match=r"seed: 2 there, 3 now"):
+        save_run(out, load_study(path, {"seed": 3}))
+    assert open_run(out).seed == 2

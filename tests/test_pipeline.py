@@ -161,6 +161,8 @@ def test_restore_and_evaluate_take_what_export_wrote(finished: tuple[StudyConfig
     (result,) = pipeline.evaluate(model, "builtin:photos", create_task("denoise_s25"), crop_px=32, limit=2)
     assert result.protocol == "denoise-color-awgn" and len(result.outputs) == 2
     assert result.means()[2] == pytest.approx(20.2, abs=0.3)
+    with pytest.raises(ValueError, match="enlarges 1 times, the task 4 times"):
+        pipeline.evaluate(model, "builtin:photos", create_task("sr_x4"))
 
 
 def _builtin_photo() -> Path:

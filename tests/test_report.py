@@ -61,7 +61,8 @@ def test_a_member_is_picked_by_role_limit_or_genotype() -> None:
         assert pick_genotype(pick, front=front, space=SPACE) == (first, *(0,) * 7), pick
     assert pick_genotype("near 1", front=front, space=SPACE) == (0, *(0,) * 7)
     for pick, message in (("within much", "within 0.1"), ("best", "write knee"), ("", "write knee"),
-                          ("within -1", "the smallest is 0"), ("9-0-0-0-0-0-0-0", "allows 0 to 3")):
+                          ("within -1", "the smallest is 0"), ("near 5", "no 'near 5'; it has knee, near 1"),
+                          ("9-0-0-0-0-0-0-0", "allows 0 to 3")):
         with pytest.raises(ValueError, match=message):
             pick_genotype(pick, front=front, space=SPACE)
 

@@ -132,11 +132,28 @@ def test_a_folder_without_images_is_said(tmp_path: Path) -> None:
         restore_files(session(), tmp_path / "in", tmp_path / "out")
 
 
+def test_a_folder_is_not_restored_into_a_file(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_photo(tmp_path / "in" / "a.png", photo(3, np.uint8))
+    write_photo(tmp_path / "out.png", photo(3, np.uint8))
+    with pytest.raises(ValueError, match=r"in is a folder, so the target is one too; .*out\.png is a file"):
+        restore_files(session(), tmp_path / "in", tmp_path / "out.png")
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"<!DOCTYPE html><html></html>", "is a web page"), (b"", "is empty"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a git-lfs pointer")])
+def test_an_onnx_file_that_is_something_else_says_what(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "m.onnx").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        open_session(tmp_path / "m.onnx")
+
+
 def test_files_of_another_kind_are_refused(tmp_path: Path, files: dict[str, Path]) -> None:
     (tmp_path / "cut.onnx").write_bytes(files["a.onnx"].read_bytes()[:1000])
     with pytest.raises(SessionError, match="damaged"):
         open_session(tmp_path / "cut.onnx")
-    with pytest.raises(SessionError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         open_session(tmp_path / "none.onnx")
     with pytest.raises(SessionError, match=r"\.onnx, \.safetensors"):
         open_session(tmp_path / "net.tflite")

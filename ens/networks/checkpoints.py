@@ -135,7 +135,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     Raises CheckpointError for anything that is not a file of weights.
     """
     path = Path(path)
-    _reject_impostors(path)
+    _check_suffix(path)
+    reject_impostors(path)
     state = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _unwrap(path, _read_pickle(path))
     for _ in _PREFIXES:
         for prefix in _PREFIXES:
@@ -144,9 +145,13 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def _reject_impostors(path: Path) -> None:
+def _check_suffix(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise CheckpointError(path, f"has the suffix {path.suffix!r}; checkpoints have one of {', '.join(SUFFIXES)}")
+
+
+def reject_impostors(path: Path) -> None:
+    """Raise CheckpointError for what is no file, empty, a git-lfs pointer or a web page, whatever its suffix."""
     if not path.is_file():
         raise CheckpointError(path, "does not exist" if not path.exists() else "is not a file")
     with path.open("rb") as file:
@@ -169,7 +174,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Metadata of a safetensors file, {} for other checkpoints; raises CheckpointError for a damaged one."""
     path = Path(path)
-    _reject_impostors(path)
+    _check_suffix(path)
+    reject_impostors(path)
     if path.suffix.lower() != ".safetensors":
         return {}
     try:

@@ -64,6 +64,8 @@ def pick_genotype(pick: str, *, front: Front, space: SearchSpace) -> Genotype:
         except ValueError:
             raise ValueError(f"{pick!r} is not understood; write for instance within 0.1") from None
         return cheapest_member(front, limit).genotype
+    if word == "near" and number.isdigit():
+        raise ValueError(f"this front has no {pick!r}; it has {', '.join(role for role in sorted(roles) if role)}")
     if not pick[:1].isdigit():
         raise ValueError(f"{pick!r} is not understood; write knee, near 1, within 0.1 or a genotype "
                          f"such as {format_genotype(space.teacher)}")

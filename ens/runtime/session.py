@@ -23,6 +23,7 @@ from ens.data.images import (
     write_photo,
 )
 from ens.export.hybrid import open_network, read_facts
+from ens.networks.checkpoints import reject_impostors
 from ens.runtime.tiling import Restore, restore_padded, restore_within_memory
 
 
@@ -53,7 +54,7 @@ def open_session(path: str | Path, *, threads: int | None = None) -> Session:
     """Open an exported .onnx file in ONNX Runtime, or a hybrid or checkpoint in PyTorch (CPU).
 
     `threads` limits the runtime's threads (PyTorch's, for the whole process). Raises SessionError for a file of
-    another kind and CheckpointError for damaged weights.
+    another kind and CheckpointError for one that is absent, damaged or something else under a false name.
     """
     path = Path(path)
     if threads is not None and threads < 1:
@@ -65,8 +66,7 @@ def open_session(path: str | Path, *, threads: int | None = None) -> Session:
 
 
 def _open_onnx(path: Path, threads: int | None) -> Session:
-    if not path.is_file():
-        raise SessionError(f"{path}: does not exist")
+    reject_impostors(path)
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -144,6 +144,8 @@ def restore_files(session: Session, source: str | Path, target: str | Path, *, t
     """
     source, target = Path(source), Path(target)
     paths = list_images(source) if source.is_dir() else [source]
+    if source.is_dir() and target.is_file():
+        raise ValueError(f"{source} is a folder, so the target is one too; {target} is a file")
     if target.resolve() in (source.resolve(), paths[0].parent.resolve()):
         raise ValueError(f"{source} would be overwritten; give another target than {target}")
     into_folder = source.is_dir() or target.is_dir()

@@ -1,0 +1,41 @@
+"""What a study names is checked before any work is done for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ens import pipeline
+from ens.config import load_study
+from ens.study import check_study
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"search": {"engine": "nsga3"}}, "engine 'nsga3' does not exist; choose from ehvi"),
+    ({"search": {"objectives": ["psnr", "macs"]}}, "objective 'psnr' does not exist; choose from psnr_drop_db"),
+    ({"search": {"objectives": ["macs"]}}, "two or three different objectives, got macs"),
+    ({"task": {"name": "denoize"}}, "no task 'denoize'; there are denoise"),
+    ({"task": {"sigma": 25}}, "the nearest is 'sigma_255'"),
+    ({"choices": ["mambaire×1"]}, "no block family 'mambaire'; allowed: restormer"),
+    ({"choices": ["mambair×1(stat=3)"]}, "no option 'stat'; allowed: state"),
+    ({"choices": [], "slots": {"latnet": ["vssd×1"]}}, "no slot 'latnet'; the network has encoder_level1"),
+    ({"teacher": "", "network": {"name": "restromer"}}, "'restromer' is unknown; allowed: restormer"),
+    ({"teacher": "nowhere.pth"}, "nowhere.pth: does not exist"),
+    ({"data": {"validation": "nowhere"}}, "nowhere is not a folder"),
+    ({"device": "gpu"}, "device is auto, cpu, cuda or cuda:1, got 'gpu'"),
+    ({"device": "meta"}, "device is auto, cpu, cuda or cuda:1, got 'meta'"),
+])
+def test_a_mistake_is_found_before_anything_is_made(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, OSError, KeyError), match=message):
+        pipeline.search(load_study(ROOT / "search_spaces" / "demo.yaml", change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="device cuda is asked for, but torch sees no GPU; use auto or cpu"):
+        check_study(load_study(ROOT / "search_spaces" / "demo.yaml", {"device": "cuda"}))
