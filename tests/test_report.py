@@ -74,7 +74,8 @@ def test_the_cheapest_member_needs_a_drop() -> None:
 
 def test_values_are_printed_as_people_read_them() -> None:
     for name, value, text in (("macs", 1.234e9, "1.23 G"), ("macs", 310e9, "310 G"), ("params", 26_126_644, "26.1 M"),
-                              ("params", 512, "512"), ("psnr_drop_db", 0.12345, "0.123"), ("penalty", 6.5, "6.5")):
+                              ("params", 512, "512"), ("macs", 8e9, "8.00 G"),
+                              ("psnr_drop_db", 0.12345, "0.123"), ("penalty", 6.5, "6.5")):
         assert format_value(name, value) == text
 
 
@@ -183,6 +184,18 @@ def test_slots_without_levels_form_a_symmetrical_u_and_blocks_share_their_stage(
     assert levels("a", "b", "c", "d", "e") == [0, 1, 2, 1, 0]
     assert levels("encoder_level1.0", "encoder_level1.1", "latent.0", "latent.1", "decoder_level1.0",
                   "refinement.0") == [0, 0, 1, 1, 0, 0]
+
+
+def test_cells_leave_options_out_unless_they_tell_choices_apart(tmp_path: Path) -> None:
+    def shown(*choices: Choice) -> list[str]:
+        space = SearchSpace("s", (Slot("a", (Choice("restormer", 2, teacher=True), *choices)),))
+        front = select_front([Measurement((1,), {"psnr_drop_db": 0.0, "macs": 1.0})], TWO)
+        write_report(tmp_path / "r.html", title="t", space=space, measurements=front.members, front=front,
+                     reference=(1.0, 2.0), facts={}, crops={})
+        return re.findall(r'<td class="cell">(.*?)</td>', (tmp_path / "r.html").read_text())
+
+    small, large = (Choice("vssd", 1, (("state", state),)) for state in (8, 16))
+    assert shown(small) == ["vssd×1"] and shown(small, large) == ["vssd×1(state=8)"]
 
 
 def test_colours_tell_families_and_depths_apart() -> None:

@@ -18,7 +18,7 @@ from ens.pareto.charts import draw_png, front_figure, hypervolume_figure
 from ens.pareto.front import hypervolume
 from ens.pareto.palette import choice_colours, text_colour
 from ens.pareto.selection import Front, format_value, front_table
-from ens.space import Measurement, SearchSpace, format_genotype
+from ens.space import Measurement, SearchSpace, Slot, format_genotype
 
 
 def write_csv(path: Path, *, front: Front, space: SearchSpace) -> None:
@@ -95,10 +95,17 @@ def slot_levels(space: SearchSpace) -> list[int]:
 def _members(front: Front, *, space: SearchSpace) -> list[dict[str, object]]:
     """What page and script show of every member of the front."""
     return [{"genotype": format_genotype(member.genotype), "indices": list(member.genotype),
-             "labels": [choice.label for choice in space.choices(member.genotype)], "role": front.role(index),
+             "labels": [_short_label(slot, choice) for slot, choice in zip(space.slots, member.genotype, strict=True)],
+             "role": front.role(index),
              "objectives": [format_value(name, member.values[name]) for name in front.objectives],
              "values": {name: format_value(name, value) for name, value in member.values.items()}}
             for index, member in enumerate(front.members)]
+
+
+def _short_label(slot: Slot, index: int) -> str:
+    """`vssd×1` for `vssd×1(state=16)`, unless another choice of the slot differs in its options only."""
+    shorts = [choice.label.partition("(")[0] for choice in slot.choices]
+    return shorts[index] if shorts.count(shorts[index]) == 1 else slot.choices[index].label
 
 
 def _legend(space: SearchSpace, colours: Sequence[Sequence[str]]) -> dict[str, str]:

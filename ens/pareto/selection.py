@@ -99,6 +99,7 @@ def format_value(name: str, value: float) -> str:
     if name in ("macs", "params"):
         for scale, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
             if abs(value) >= scale:
-                return f"{value / scale:.3g}{letter}" if abs(value) < 100 * scale else f"{value / scale:.0f}{letter}"
+                scaled = abs(value) / scale
+                return f"{value / scale:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{letter}"
         return f"{value:g}"
     return f"{value:.3f}" if name.endswith("_db") else f"{value:.4g}"
