@@ -30,11 +30,14 @@ from ens.space import Genotype, SearchSpace
 def check_study(study: StudyConfig) -> None:
     """Raise now what would otherwise be found out after hours of training: names, choices, device and folders."""
     choose_device(study)
-    find_pairs(study.data.validation, scale=read_task(study).scale)
+    scale = read_task(study).scale
+    find_pairs(study.data.validation, scale=scale)
     find_objectives(study.search.objectives)
     with torch.device("meta"):  # in no time, and without the memory of a large network
         network = create_study_network(study) if not study.teacher else None
     network = network or open_location(study.teacher)
+    if network.upscale != scale:
+        raise ConfigError(f"{study.name}: the network enlarges {network.upscale} times, the task {scale} times")
     space = read_space(study, network)
     with torch.device("meta"):
         for slot in space.slots:

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
     ({"teacher": "", "network": {"name": "restromer"}}, "'restromer' is unknown; allowed: restormer"),
     ({"teacher": "nowhere.pth"}, "nowhere.pth: does not exist"),
     ({"data": {"validation": "nowhere"}}, "nowhere is not a folder"),
+    ({"teacher": "", "network": {"name": "plksr"}}, "the network enlarges 4 times, the task 1 times"),
     ({"device": "gpu"}, "device is auto, cpu, cuda or cuda:1, got 'gpu'"),
     ({"device": "meta"}, "device is auto, cpu, cuda or cuda:1, got 'meta'"),
 ])
