@@ -9,7 +9,6 @@ import pytest
 
 from ens import pipeline
 from ens.config import load_study
-from ens.study import check_study
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +35,8 @@ def test_a_mistake_is_found_before_anything_is_made(tmp_path: Path, change: dict
     assert not (tmp_path / "run").exists()
 
 
-def test_a_gpu_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="device cuda is asked for, but torch sees no GPU; use auto or cpu"):
-        check_study(load_study(ROOT / "search_spaces" / "demo.yaml", {"device": "cuda"}))
+    said: list[str] = []
+    pipeline.train(load_study(ROOT / "search_spaces" / "demo.yaml"), tmp_path / "run", pipeline.Control(say=said.append))
+    assert said == ["device: auto takes the CPU, torch sees no GPU"]
