@@ -38,5 +38,6 @@ def test_a_mistake_is_found_before_anything_is_made(tmp_path: Path, change: dict
 def test_auto_takes_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     said: list[str] = []
-    pipeline.train(load_study(ROOT / "search_spaces" / "demo.yaml"), tmp_path / "run", pipeline.Control(say=said.append))
+    pipeline.train(load_study(ROOT / "search_spaces" / "demo.yaml"), tmp_path / "run",
+                   pipeline.Control(say=said.append))
     assert said == ["device: auto takes the CPU, torch sees no GPU"]
