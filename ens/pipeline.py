@@ -32,11 +32,11 @@ from ens.evaluate.crops import draw_crops
 from ens.evaluate.evaluator import Evaluation, evaluate_protocols, mean_psnr_db
 from ens.evaluate.metrics import score_input
 from ens.evaluate.receptive_field import EnergyMap, draw_receptive_fields, measure_receptive_field
-from ens.export.formats import export_onnx, write_card
+from ens.export.formats import ExportError, export_onnx, write_card
 from ens.export.hybrid import load_hybrid, read_facts, save_hybrid
 from ens.networks.checkpoints import load_checkpoint, remove_state, save_checkpoint
 from ens.networks.steps import Network, pad_to_multiple
-from ens.pareto.archive import Archive, acquire_lock, open_archive, read_archive
+from ens.pareto.archive import Archive, acquire_lock, mark_invalid, open_archive, read_archive
 from ens.pareto.report import write_csv, write_markdown, write_png, write_report
 from ens.pareto.selection import Front, pick_genotype, select_front
 from ens.runtime.session import open_session, restore_files
@@ -233,7 +233,11 @@ def export(out: Path, pick: str = "knee", control: Control = QUIET, *, storage: 
     facts = dict(read_facts(tuned)) if tuned.exists() else _facts(study, library, space, genotype, images, figures)
     target = out / "export" / f"{name}.onnx"
     save_hybrid(target.with_suffix(".safetensors"), hybrid, choices=space.replaced(genotype), facts=facts)
-    parity = export_onnx(hybrid, target, photo=images.images[0].degraded[None], facts=facts)
+    try:
+        parity = export_onnx(hybrid, target, photo=images.images[0].degraded[None], facts=facts)
+    except ExportError as error:
+        mark_invalid(storage or out / "archive.db", genotype, f"export failed: {error}")
+        raise ExportError(f"{error}; {name} is marked invalid and leaves the front") from error
     write_card(target.with_suffix(".yaml"), {**facts, "onnx_relative_error": f"{parity:.1e}"}, model=target.name)
     control.say(f"export: {target} agrees with PyTorch to {parity:.1e}")
     return target

@@ -20,6 +20,7 @@ from ens.data.tasks import create_task
 from ens.distill.library import LibraryError, open_library
 from ens.evaluate.cost import count_cost
 from ens.evaluate.metrics import score
+from ens.export.formats import ExportError
 from ens.export.hybrid import build_hybrid, load_hybrid, read_facts
 from ens.networks.checkpoints import load_checkpoint, save_checkpoint
 from ens.pareto.archive import read_archive
@@ -110,6 +111,23 @@ def test_receptive_fields_of_a_slot_are_drawn_for_every_state_there_is(
     assert read_photo(tmp_path / "erf.png").pixels.std() > 0
     with pytest.raises(ValueError, match="it searches encoder_level2, latent"):
         pipeline.inspect_erf(out, "refinement", tmp_path / "erf.png")
+
+
+def test_a_hybrid_that_cannot_be_exported_leaves_the_front_and_stays_visible(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> float:
+        raise ExportError("differs by 1e-2")
+    _, out, _ = finished
+    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("*.lock"))
+    front, _, _ = pipeline.pareto(tmp_path / "run")
+    genotype = front.members[front.knee].genotype
+    monkeypatch.setattr(pipeline, "export_onnx", fail)
+    with pytest.raises(ExportError, match=f"{format_genotype(genotype)} is marked invalid"):
+        pipeline.export(tmp_path / "run", format_genotype(genotype))
+    after, _, archive = pipeline.pareto(tmp_path / "run")
+    assert genotype not in [member.genotype for member in after.members]
+    (invalid,) = [measurement for measurement in archive.measurements() if not measurement.valid]
+    assert invalid.genotype == genotype and invalid.note == "export failed: differs by 1e-2"
 
 
 def test_a_second_teacher_and_its_weight_replace_those_of_the_study(

@@ -6,6 +6,7 @@ is invalid. optuna-dashboard opens the file as it is. A search resumes by replay
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from ens.space import Genotype, Measurement, SearchSpace, format_genotype
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 _MANIFEST = "ens"
+_UNUSABLE = "ens:unusable"
 """Key of the study attribute that holds what must match when a run is resumed."""
 
 
@@ -55,6 +57,9 @@ class Archive:
             if "genotype" in trial.user_attrs:
                 measurement = _from_trial(trial)
                 self._known.setdefault(measurement.genotype, measurement)
+        for genotype, measurement in self._known.items():
+            if reason := study.user_attrs.get(_UNUSABLE, {}).get(format_genotype(genotype)):
+                self._known[genotype] = dataclasses.replace(measurement, valid=False, note=reason)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -155,6 +160,12 @@ def read_archive(storage: str | Path, *, name: str = "ens") -> Archive:
     if _MANIFEST not in study.user_attrs:
         raise ValueError(f"study {name!r} in {_printed(storage)} was not recorded by ens")
     return Archive(study, manifest=study.user_attrs[_MANIFEST], lock=None, writable=False)
+
+
+def mark_invalid(storage: str | Path, genotype: Genotype, reason: str, *, name: str = "ens") -> None:
+    """Take a genotype off the front for good, for instance because its hybrid cannot be exported; it stays visible."""
+    study = _load(storage, name=name, num_objectives=None)
+    study.set_user_attr(_UNUSABLE, {**study.user_attrs.get(_UNUSABLE, {}), format_genotype(genotype): reason})
 
 
 def _load(storage: str | Path, *, name: str, num_objectives: int | None) -> optuna.Study:
