@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import json
 import logging
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tarfile
 import tempfile
 import time
 import warnings
@@ -24,6 +28,8 @@ from torch import Tensor, nn
 import ens.ops.scan_op
 import ens.ops.selective_scan
 from ens.blocks import create_stack
+from ens.export.formats import OPSET
+from ens.export.graph import tidy_graph
 from ens.networks.mambair_unet import MambaIRUNet
 from ens.ops.scan_order import FOUR_DIRECTIONS, invert_order, scan_order
 from ens.ops.selective_scan import scan_backends, selective_scan, selective_scan_directions, selective_scan_loop
@@ -51,10 +57,29 @@ def main() -> None:
              "onnxruntime": onnxruntime.__version__, "threads": arguments.threads, "repeats": arguments.repeats,
              "load_average": os.getloadavg()[0], **{f"scan_on_{k}": v for k, v in scan_backends().items()}}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"machine": facts, "rows": bench.rows}, indent=1, ensure_ascii=False) + "\n")
-    temporary.replace(arguments.out)
+    write(arguments.out, json.dumps({"machine": facts, "rows": bench.rows}, indent=1, ensure_ascii=False) + "\n")
+    write(arguments.out.with_suffix(".md"), format_table(bench.rows, facts))
     print(f"{arguments.out}  ({', '.join(f'{name} {value}' for name, value in facts.items())})")
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def format_table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The rows as Markdown, the machine above them."""
+    lines = ["# State-space operators, each beside what it is compared with", "",
+             "`scripts/bench_ops`, one run, medians of interleaved repeats, milliseconds unless a row says otherwise. "
+             "Ratio: times faster where the bound is ≥ or absent, times slower or larger where it is ≤.", "",
+             *(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items()), "",
+             "| what | | against | | ratio | bound | |", "|---|---:|---|---:|---:|---|---|"]
+    for row in rows:
+        met = {True: "met", False: "**missed**", None: ""}[row["met"]]
+        lines.append(f"| {row['what']} | {row['this']:.2f} | {row['against']} | {row['other']:.2f} | {row['ratio']:.2f}"
+                     f" | {row['bound']} | {met} |")
+    return "\n".join(lines) + "\n"
 
 
 class Bench:
@@ -65,14 +90,26 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, name: str, this: Callable[[], Any], other_name: str, other: Callable[[], Any], *,
-            at_least: float | None = None, at_most: float | None = None, other_repeats: int | None = None) -> None:
-        """Time both in turn. `at_least`: wanted times faster than the other; `at_most`: wanted times slower."""
+            at_least: float | None = None, at_most: float | None = None, other_repeats: int | None = None,
+            warm_s: float = 0.0) -> None:
+        """Time both in turn. `at_least`: wanted times faster than the other; `at_most`: wanted times slower.
+
+        Each timed run follows an untimed one of its own, so neither pays for what the other left in the caches; without
+        it where `other_repeats` says that the other is slow. `warm_s`: before that, `this` runs for so long, whichever
+        is timed. A virtual machine's second processor that was idle may share its neighbour's core for a while, and two
+        threads then do the work of one: seen on bare multiply-adds in registers, for some tenths of a second.
+        """
         times: tuple[list[float], list[float]] = ([], [])
         this(), other()
         for repeat in range(self.repeats):
             for spent, run in zip(times, (this, other), strict=True):
                 if run is other and repeat >= (other_repeats or self.repeats):
                     continue
+                until = time.perf_counter() + warm_s
+                while time.perf_counter() < until:
+                    this()
+                if run is this or other_repeats is None:
+                    run()
                 began = time.perf_counter()
                 run()
                 spent.append(1000 * (time.perf_counter() - began))
@@ -195,18 +232,20 @@ def bench_growth(bench: Bench, threads: int) -> None:
     with torch.no_grad():
         bench.add("scan L = 65,536", lambda: scan(*long), "scan L = 16,384", lambda: scan(*short), at_most=4.4)
 
-    def single(run: Callable[[], Any]) -> Callable[[], None]:
+    def with_threads(count: int, run: Callable[[], Any]) -> Callable[[], None]:
         def wrapped() -> None:
-            torch.set_num_threads(1)
+            torch.set_num_threads(count)
             run()
             torch.set_num_threads(threads)
 
         return wrapped
 
-    both = forward_backward(scan, short)
     with torch.no_grad():
-        bench.add("scan forward", lambda: scan(*long), "on one thread", single(lambda: scan(*long)), at_least=1.7)
-    bench.add("scan forward+backward", both, "on one thread", single(both), at_least=1.7)
+        bench.add(f"scan forward, {threads} threads", lambda: scan(*short), "one thread",
+                  with_threads(1, lambda: scan(*short)), at_least=1.7, warm_s=1.0)
+    both = forward_backward(scan, short)
+    bench.add(f"scan forward+backward, {threads} threads", both, "one thread", with_threads(1, both), at_least=1.7,
+              warm_s=1.0)
 
 
 def bench_orders(bench: Bench, threads: int) -> None:
@@ -243,12 +282,61 @@ def bench_mambair(bench: Bench, threads: int) -> None:
     def both() -> None:
         torch.autograd.grad(block(x).sum(), parameters)
 
-    bench.add("MambaIR block 48×128², forward+backward", both, "chunked PyTorch path", on_chunked_path(both),
-              at_least=15, other_repeats=2)
+    with path_of_before(threads) as before:
+        if before is not None:
+            bench.add("MambaIR block 48×128², forward+backward", both, "chunked PyTorch path of before", before,
+                      at_least=15, other_repeats=3)
+    bench.add("MambaIR block 48×128², forward+backward", both, "chunked PyTorch path of today", on_chunked_path(both),
+              other_repeats=3)
     network, image = MambaIRUNet().eval(), torch.rand(1, 3, 128, 128)
     with torch.no_grad():
+        run = open_block(block.eval(), 48, threads)
+        small = x[..., :64, :64].contiguous()
+        pixels = small.numpy()
+        bench.add("MambaIR block 48×64², forward", lambda: block(small), "ONNX Runtime's Scan", lambda: run(pixels),
+                  other_repeats=3)
         bench.add("mambair_unet 128², forward", lambda: network(image), "chunked PyTorch path",
                   on_chunked_path(lambda: network(image)), other_repeats=1)
+
+
+BEFORE = "28e9e19^"
+"""The last commit in which a selective scan on the CPU was PyTorch operators on reordered copies."""
+WORKER = """
+import sys, torch
+from ens.blocks import create_stack
+torch.set_num_threads(int(sys.argv[1]))
+block, x = create_stack("mambair", 48, 1), torch.randn(1, 48, 128, 128)
+for _ in sys.stdin:
+    torch.autograd.grad(block(x).sum(), list(block.parameters()))
+    print("done", flush=True)
+"""
+
+
+@contextmanager
+def path_of_before(threads: int) -> Iterator[Callable[[], None] | None]:
+    """Forward and backward of a MambaIR block as that commit ran it, in a process of its own; None without history."""
+    root = Path(__file__).parents[1]
+    archive = subprocess.run(["git", "archive", BEFORE, "ens"], cwd=root, capture_output=True)
+    if archive.returncode:
+        print(f"no commit {BEFORE} here: the chunked path of before is left out")
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+            tar.extractall(folder, filter="data")
+        worker = subprocess.Popen([sys.executable, "-c", WORKER, str(threads)], stdin=subprocess.PIPE, text=True,
+                                  stdout=subprocess.PIPE, cwd=folder, env={**os.environ, "PYTHONPATH": folder})
+        assert worker.stdin is not None and worker.stdout is not None
+        asked, answers = worker.stdin, worker.stdout
+
+        def run() -> None:
+            print(file=asked, flush=True)
+            if not answers.readline():
+                raise RuntimeError("the chunked path of before stopped")
+
+        yield run
+        asked.close()
+        worker.wait()
 
 
 def bench_ssd(bench: Bench, threads: int) -> None:
@@ -292,17 +380,17 @@ def bench_onnx(bench: Bench, threads: int) -> None:
 
 
 def open_block(block: nn.Module, channels: int, threads: int) -> Callable[[Any], Any]:
-    """The block in ONNX Runtime, height and width dynamic."""
+    """The block in ONNX Runtime as `export_onnx` writes it, height and width dynamic."""
     dynamic = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     with torch.no_grad():
         program = torch.onnx.export(block, (torch.randn(1, channels, 48, 64),), dynamo=True, dynamic_shapes=(dynamic,),
-                                    verbose=False)
+                                    opset_version=OPSET, verbose=False)
     assert program is not None
+    tidy_graph(program.model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    with tempfile.TemporaryDirectory() as folder:
-        program.save(f"{folder}/block.onnx")
-        session = onnxruntime.InferenceSession(f"{folder}/block.onnx", options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options,
+                                           providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})
 

@@ -77,8 +77,11 @@ FN void load_tile(const ScanTensor& from, int64_t batch, int64_t channel, int64_
     if (!order && from.step == 1)
         for (; done + V <= steps; done += V) {
             vf rows[ENS_LANES] = {};
-            for (int64_t lane = 0; lane < count; ++lane)
-                std::memcpy(rows + lane, base + lane * from.channel + start + done, sizeof(vf));
+            for (int64_t lane = 0; lane < count; ++lane) {
+                const float* at = base + lane * from.channel + start + done;
+                std::memcpy(rows + lane, at, sizeof(vf));
+                __builtin_prefetch(at + kChunk);  // the processor foresees no pattern in so many rows at once
+            }
             transpose<ENS_LANES / 2>(rows);
             for (int64_t t = 0; t < V; ++t) store(tile + (done + t) * V, rows[t]);
         }
@@ -135,6 +138,7 @@ FN void store_tile(const ScanTensor& to, int64_t batch, int64_t channel, int64_t
                 if (add) std::memcpy(&old, at, sizeof old);
                 rows[lane] += old;
                 std::memcpy(at, rows + lane, sizeof(vf));
+                __builtin_prefetch(at + kChunk, 1);
             }
         }
     for (int64_t lane = 0; lane < count; ++lane)
