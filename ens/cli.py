@@ -341,7 +341,7 @@ def spaces(studies: Annotated[list[str] | None, typer.Argument(
     """List studies: slots × choices, genotypes, and the range of parameters and multiply-adds."""
     from ens.config import shipped_spaces
     from ens.pareto.selection import format_value
-    from ens.pipeline import summarise_space
+    from ens.study import summarise_space
 
     table = _table(("space",), ("slots", "genotypes", "surrogates", "params", "MACs 256²"))
     for column in table.columns[:4]:

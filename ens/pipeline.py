@@ -27,7 +27,7 @@ from ens.distill.blockwise import create_surrogate, distill_library
 from ens.distill.library import BUILTIN, Library, LibraryError, open_library
 from ens.distill.losses import TaughtLoss, l1_loss
 from ens.distill.training import Phase, Progress, start_processes, train_network
-from ens.evaluate.cost import build_cost_table, count_cost
+from ens.evaluate.cost import count_cost
 from ens.evaluate.crops import draw_crops
 from ens.evaluate.evaluator import Evaluation, evaluate_protocols, mean_psnr_db
 from ens.evaluate.metrics import score_input
@@ -332,25 +332,6 @@ def run(study: StudyConfig, out: Path, control: Control = QUIET, *, pick: str = 
         return target
     finetune(out, genotype, control, storage=storage)
     return export(out, genotype, control, storage=storage)
-
-
-@dataclass(frozen=True)
-class SpaceSummary:
-    """What `ens spaces` lists; ranges are over the choices, MACs for an image of 256×256."""
-
-    space: SearchSpace
-    params: tuple[float, float]
-    macs: tuple[float, float]
-
-
-def summarise_space(study: StudyConfig) -> SpaceSummary:
-    """Slots, choices and cost range of a study, without any weights where it names no teacher."""
-    with torch.device("meta"):  # in no time, and without the memory of 26 M random weights
-        teacher = create_study_network(study) if not study.teacher else None
-    teacher = teacher or open_location(study.teacher)
-    space = read_space(study, teacher)
-    costs = build_cost_table(teacher, space)
-    return SpaceSummary(space, costs.range("params"), costs.range("macs"))
 
 
 _ERF_CROP_PX = 256

@@ -6,13 +6,14 @@ The bridge between config and pipeline: the only functions beside the verbs that
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ens.config import ConfigError, StudyConfig, parse_choices
-from ens.data.folders import find_pairs, load_pairs
+from ens.data.folders import load_pairs
 from ens.data.pairs import Patches, ValidationSet, load_validation_set
 from ens.data.tasks import Task, create_task
 from ens.distill.library import BUILTIN, Library, LibraryError, create_library, open_library
@@ -28,10 +29,10 @@ from ens.space import Genotype, SearchSpace
 
 
 def check_study(study: StudyConfig) -> None:
-    """Raise now what would otherwise be found out after hours of training: names, choices, device and folders."""
+    """Raise now what would otherwise be found out after hours of training: names, choices, device and images."""
     choose_device(study)
     scale = read_task(study).scale
-    find_pairs(study.data.validation, scale=scale)
+    load_pairs(study.data.validation, scale=scale, limit=study.data.limit)
     find_objectives(study.search.objectives)
     with torch.device("meta"):  # in no time, and without the memory of a large network
         network = create_study_network(study) if not study.teacher else None
@@ -72,6 +73,25 @@ def read_space(study: StudyConfig, teacher: Network) -> SearchSpace:
     return build_space(study.name, teacher, granularity=study.granularity, choices=parse_choices(study.choices),
                        slots={name: parse_choices(entries) for name, entries in study.slots.items()},
                        penalty_teacher=study.penalty.teacher, penalty_per_block=study.penalty.per_block)
+
+
+@dataclass(frozen=True)
+class SpaceSummary:
+    """What `ens spaces` lists; ranges are over the choices, MACs for an image of 256×256."""
+
+    space: SearchSpace
+    params: tuple[float, float]
+    macs: tuple[float, float]
+
+
+def summarise_space(study: StudyConfig) -> SpaceSummary:
+    """Slots, choices and cost range of a study, without any weights where it names no teacher."""
+    with torch.device("meta"):  # in no time, and without the memory of 26 M random weights
+        teacher = create_study_network(study) if not study.teacher else None
+    teacher = teacher or open_location(study.teacher)
+    space = read_space(study, teacher)
+    costs = build_cost_table(teacher, space)
+    return SpaceSummary(space, costs.range("params"), costs.range("macs"))
 
 
 def open_study_library(study: StudyConfig, out: Path, teacher: Network | None) -> Library:

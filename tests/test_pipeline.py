@@ -26,7 +26,7 @@ from ens.networks.checkpoints import load_checkpoint, save_checkpoint
 from ens.pareto.archive import read_archive
 from ens.pipeline import Control
 from ens.space import format_genotype
-from ens.study import read_space
+from ens.study import read_space, summarise_space
 
 STUDY = """
 task: {name: denoise, sigma_255: 25}
@@ -234,7 +234,7 @@ def test_a_given_library_must_hold_every_surrogate_and_the_same_teacher(finished
 
 def test_spaces_of_the_paper_have_its_numbers() -> None:
     """ENS, section 6.1: 34,560 configurations, 22 surrogates."""
-    summary = pipeline.summarise_space(load_study("search_spaces/restormer_denoise.yaml"))
+    summary = summarise_space(load_study("search_spaces/restormer_denoise.yaml"))
     assert summary.space.num_genotypes == 34_560
     assert summary.space.num_surrogates == 22
     assert summary.space.penalty(summary.space.teacher) == 16.0

@@ -35,6 +35,15 @@ def test_a_mistake_is_found_before_anything_is_made(tmp_path: Path, change: dict
     assert not (tmp_path / "run").exists()
 
 
+def test_a_broken_validation_image_is_found_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    study = load_study(ROOT / "search_spaces" / "demo.yaml", {"data": {"validation": str(tmp_path / "photos")}})
+    with pytest.raises(ValueError, match=r"torn\.png"):
+        pipeline.search(study, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_auto_takes_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     said: list[str] = []
