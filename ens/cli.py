@@ -363,8 +363,8 @@ def erf(run: Run, slot: Annotated[str, typer.Option(help="Slot to look into, for
         ) -> None:
     """Effective receptive field: the teacher's, and the surrogates' before and after distillation and fine-tuning.
 
-    The gradient of the centre output with respect to the input: a PNG, and the sides of the squares around the centre
-    that hold 50 % and 95 % of its energy.
+    The gradient of the centre of the slot's update (output - input) with respect to its input: a PNG, and the sides of
+    the squares around the centre that hold 50 % and 95 % of its norm.
     """
     from ens import pipeline
     from ens.evaluate.receptive_field import energy_side_px

@@ -118,6 +118,9 @@ class StudyConfig:
             raise ConfigError(f"granularity is 'stage' or 'block', got {self.granularity!r}")
         if bool(self.train.taught_by) != bool(self.train.taught_weight):
             raise ConfigError("train.taught_by and train.taught_weight go together: give both or neither")
+        if self.teacher and self.train.taught_by:
+            raise ConfigError(f"the teacher is {self.teacher}, so none is trained that {self.train.taught_by} could "
+                              "teach")
         if bool(self.choices) == bool(self.slots):
             raise ConfigError("give either `choices` (for every slot) or `slots` (name: choices), and not both")
 

@@ -36,6 +36,7 @@ def test_folders_are_relative_to_the_study_and_the_name_is_the_files(tmp_path: P
     ("train: {phases: [[0, 64]]}", r"has 3 entries"),
     ("train: {taught_weight: 0.5}", "go together"),
     ("search: {budget: 0}", "at least 1"),
+    ("teacher: a.pth\ntrain: {taught_by: b.pth, taught_weight: 0.5}", "so none is trained"),
     ("granularity: layer", "'stage' or 'block'"),
     ("slots: {latent: [vssd×1]}", "either `choices`"),
     ("a: [", "not valid YAML"),

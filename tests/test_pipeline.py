@@ -22,6 +22,7 @@ from ens.evaluate.cost import count_cost
 from ens.evaluate.metrics import score
 from ens.export.formats import ExportError
 from ens.export.hybrid import build_hybrid, load_hybrid, read_facts
+from ens.networks import create_network
 from ens.networks.checkpoints import load_checkpoint, save_checkpoint
 from ens.pareto.archive import read_archive
 from ens.pipeline import Control
@@ -138,6 +139,10 @@ def test_a_second_teacher_and_its_weight_replace_those_of_the_study(
     other = pipeline.finetune(tmp_path / "run", "0-0", Control(say=said.append), taught_weight=0.25,
                               taught_by=str(out / "teacher" / "teacher.safetensors"))
     assert "finetune: the loss is 0.75·L1 to the target + 0.25·L1 to the teacher's output" in said
+    larger = create_network("plksr", dim=8, n_blocks=1, kernel_size=3, upscaling_factor=2)
+    save_checkpoint(tmp_path / "x2.safetensors", larger)
+    with pytest.raises(ValueError, match="both must restore at the same scale"):
+        pipeline.finetune(tmp_path / "run", "0-1", taught_by=str(tmp_path / "x2.safetensors"))
     with pytest.raises(ValueError, match="from 0 to 1, got 2"):
         pipeline.finetune(tmp_path / "run", "1-0", taught_weight=2)
     assert other.exists()

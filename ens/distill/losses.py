@@ -34,4 +34,7 @@ class TaughtLoss:
         output = network(degraded).float()
         with torch.no_grad():
             taught = self.teacher(degraded).float()
+        if taught.shape != output.shape:
+            raise ValueError(f"the teacher returns {tuple(taught.shape)}, the network {tuple(output.shape)}; both must "
+                             "restore at the same scale with the same channels")
         return (1 - self.weight) * F.l1_loss(output, clean) + self.weight * F.l1_loss(output, taught)
