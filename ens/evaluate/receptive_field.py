@@ -26,7 +26,7 @@ def measure_receptive_field(module: nn.Module, features: Sequence[Tensor], *, pr
 
     The output is the slot's own update, output − input: the identity path would put one spike at every centre. The norm
     itself is summed, not its square, by which restormer, vssd and conv all measure 3 px (results/LOG.md). All channels
-    of the centre count: the norm of the whole Jacobian is estimated with `probes` random signs a feature map (Hutchinson).
+    of the centre count: the norm of the whole Jacobian is estimated with `probes` random signs a map (Hutchinson).
     Maps of several sizes are averaged over the smallest, centres together. Raises ValueError where no gradient, or one
     that is not finite, arrives.
     """
