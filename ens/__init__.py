@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ens.data.tasks import create_task as create_task
     from ens.distill.library import open_library as open_library
     from ens.evaluate.evaluator import evaluate_restorer as evaluate_restorer
+    from ens.evaluate.protocols import task_protocols as task_protocols
     from ens.export.hybrid import build_hybrid as build_hybrid
     from ens.export.hybrid import open_network as open_network
     from ens.networks import NETWORKS as NETWORKS
@@ -44,6 +45,7 @@ _MODULES = {
     "parse_choice": "ens.space",
     "read_archive": "ens.pareto.archive",
     "select_front": "ens.pareto.selection",
+    "task_protocols": "ens.evaluate.protocols",
     "wrap_network": "ens.networks.wrap",
 }
 

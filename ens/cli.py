@@ -340,7 +340,7 @@ def spaces(studies: Annotated[list[str] | None, typer.Argument(
         metavar="[SPACE.yaml]...", help="Studies to list; the shipped ones by default.")] = None) -> None:
     """List studies: slots × choices, genotypes, and the range of parameters and multiply-adds."""
     from ens.config import shipped_spaces
-    from ens.pareto.selection import format_value
+    from ens.objectives import format_value
     from ens.study import summarise_space
 
     table = _table(("space",), ("slots", "genotypes", "surrogates", "params", "MACs 256²"))
@@ -386,10 +386,11 @@ def info() -> None:
     import onnxruntime
     import torch
 
-    from ens.data.tasks import PROTOCOLS, TASKS
+    from ens.data.tasks import TASKS
+    from ens.evaluate.protocols import PROTOCOLS
+    from ens.objectives import OBJECTIVES
     from ens.ops.selective_scan import scan_backends
     from ens.search import ENGINES
-    from ens.search.objectives import OBJECTIVES
 
     gpus = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     rows = {"ens": ens.__version__, "python": sys.version.split()[0], "torch": torch.__version__,
@@ -411,7 +412,7 @@ def _table(words: Sequence[str], numbers: Sequence[str]) -> Table:
 
 
 def _print_front(front: Front, archive: Archive) -> None:
-    from ens.pareto.selection import format_value
+    from ens.objectives import format_value
 
     measured = archive.measurements()
     table = _table(("", "genotype"), (*front.objectives, "PSNR dB"))
@@ -428,7 +429,7 @@ def _print_front(front: Front, archive: Archive) -> None:
 
 
 def _describe_member(front: Front, index: int) -> str:
-    from ens.pareto.selection import format_value
+    from ens.objectives import format_value
 
     member = front.members[index]
     values = ", ".join(f"{name} {format_value(name, member.values[name])}" for name in front.objectives)

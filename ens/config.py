@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from ens.atomic import write_atomic
 from ens.space import Choice, parse_choice
 
 Options = dict[str, Any]
@@ -214,10 +214,7 @@ def save_run(out: Path, study: StudyConfig) -> None:
                    if before.get(key) != now.get(key) and key not in _MAY_CHANGE]
         if changed:
             raise ConfigError(f"{out} holds a run of another configuration ({'; '.join(changed)}); take another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)
+    write_atomic(path, content.encode())
 
 
 def open_run(out: Path) -> StudyConfig:

@@ -19,10 +19,11 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from ens.atomic import write_atomic
 from ens.config import StudyConfig, open_run, save_run
-from ens.data.images import ImageError, Photo, read_photo, to_float, to_pixels, write_atomic, write_photo
+from ens.data.images import ImageError, Photo, read_photo, to_float, to_pixels, write_photo
 from ens.data.pairs import Patches, ValidationSet, load_validation_set
-from ens.data.tasks import Task, find_protocol
+from ens.data.tasks import Task
 from ens.distill.blockwise import create_surrogate, distill_library
 from ens.distill.library import BUILTIN, Library, LibraryError, open_library
 from ens.distill.losses import TaughtLoss, l1_loss
@@ -31,18 +32,19 @@ from ens.evaluate.cost import count_cost
 from ens.evaluate.crops import draw_crops
 from ens.evaluate.evaluator import Evaluation, evaluate_protocols, mean_psnr_db
 from ens.evaluate.metrics import score_input
+from ens.evaluate.protocols import find_protocol, task_protocols
 from ens.evaluate.receptive_field import EnergyMap, draw_receptive_fields, measure_receptive_field
 from ens.export.formats import ExportError, export_onnx, write_card
 from ens.export.hybrid import load_hybrid, read_facts, save_hybrid
 from ens.networks.checkpoints import load_checkpoint, remove_state, save_checkpoint
 from ens.networks.steps import Network, pad_to_multiple
+from ens.objectives import add_quality, reference_point
 from ens.pareto.archive import Archive, acquire_lock, mark_invalid, open_archive, read_archive
 from ens.pareto.report import write_csv, write_markdown, write_png, write_report
 from ens.pareto.selection import Front, pick_genotype, select_front
 from ens.runtime.session import open_session, restore_files
 from ens.search import create_engine
 from ens.search.loop import run_search
-from ens.search.objectives import add_objectives, reference_point
 from ens.space import Genotype, Measurement, SearchSpace, format_genotype, parse_genotype
 from ens.study import (
     build_evaluator,
@@ -130,7 +132,7 @@ def search(study: StudyConfig, out: Path, control: Control = QUIET, *, storage: 
     teacher = evaluator.measure(space.teacher)
     settings = study.search
     manifest = {"study": study.name, "seed": study.seed, "engine": settings.engine, "batch_size": settings.batch_size,
-                "protocol": read_task(study).protocol.name, "data": str(images.fingerprint),
+                "protocol": task_protocols(read_task(study))[0].name, "data": str(images.fingerprint),
                 "library": library.hash_of(space),
                 "reference": list(reference_point(settings.objectives, teacher_values=[
                     _with_objectives(teacher, space, teacher).values[name] for name in settings.objectives]))}
@@ -178,7 +180,7 @@ def pareto(out: Path, control: Control = QUIET, *, storage: str = "") -> tuple[F
     write_report(out / "report.html", title=title, space=space, measurements=measurements, front=front,
                  reference=manifest["reference"], facts=facts,
                  crops=draw_crops(_chosen(teacher, space, library, front), load_validation(study, teacher),
-                                  read_task(study).protocol))
+                                  task_protocols(read_task(study))[0]))
     control.say(f"pareto: wrote front.csv, front.md, front.png and report.html to {out}")
     return front, space, archive
 
@@ -203,7 +205,7 @@ def finetune(out: Path, pick: str = "knee", control: Control = QUIET, *, storage
         control.say(f"finetune: skipped, {path} is there")
         return path
     hybrid = build_genotype(teacher, space, library, genotype)
-    images, protocol = load_validation(study, teacher), read_task(study).protocol
+    images, protocol = load_validation(study, teacher), task_protocols(read_task(study))[0]
     before = mean_psnr_db(hybrid, images, protocol)
     _fit(hybrid, load_patches(study, teacher, purpose=2), study, "finetune", path.with_suffix(".pt"), control,
          taught_by=open_location(settings.taught_by) if settings.taught_by else teacher,
@@ -229,7 +231,7 @@ def export(out: Path, pick: str = "knee", control: Control = QUIET, *, storage: 
     tuned = out / "finetune" / f"{name}.safetensors"
     images = load_validation(study, teacher)
     hybrid = load_hybrid(tuned) if tuned.exists() else build_genotype(teacher, space, library, genotype)
-    figures = {} if tuned.exists() else {"psnr_db": mean_psnr_db(hybrid, images, read_task(study).protocol)}
+    figures = {} if tuned.exists() else {"psnr_db": mean_psnr_db(hybrid, images, task_protocols(read_task(study))[0])}
     facts = dict(read_facts(tuned)) if tuned.exists() else _facts(study, library, space, genotype, images, figures)
     target = out / "export" / f"{name}.onnx"
     save_hybrid(target.with_suffix(".safetensors"), hybrid, choices=space.replaced(genotype), facts=facts)
@@ -265,7 +267,7 @@ def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET,
 
     One evaluation a protocol: the named one, or all that people quote for the task, its own first.
     """
-    rules = [find_protocol(protocol, scale=task.scale)] if protocol else task.protocols
+    rules = [find_protocol(protocol, scale=task.scale)] if protocol else task_protocols(task)
     if str(model).startswith(BUILTIN):
         network = open_library(str(model)).load_teacher()
         restore: Callable[[Tensor], Tensor] = network
@@ -370,7 +372,8 @@ def _fit(network: Network, patches: Patches, study: StudyConfig, verb: str, chec
 
 
 def _with_objectives(measurement: Measurement, space: SearchSpace, teacher: Measurement) -> Measurement:
-    return add_objectives(measurement, space=space, teacher_psnr_db=teacher.psnr_db)
+    values = {**measurement.values, "penalty": space.penalty(measurement.genotype)}
+    return add_quality(dataclasses.replace(measurement, values=values), teacher_psnr_db=teacher.psnr_db)
 
 
 def _picked(study: StudyConfig, out: Path, library: Library, pick: str,
@@ -386,7 +389,7 @@ def _facts(study: StudyConfig, library: Library, space: SearchSpace, genotype: G
            figures: Mapping[str, float]) -> dict[str, str]:
     """What a hybrid's file says of itself."""
     return {"study": study.name, "genotype": format_genotype(genotype), "task": str(read_task(study)),
-            "protocol": read_task(study).protocol.name, "validation": str(images.fingerprint),
+            "protocol": task_protocols(read_task(study))[0].name, "validation": str(images.fingerprint),
             "teacher_sha256": library.teacher_sha256, "library_sha256": library.hash_of(space),
             **{slot.name: choice.label for slot, choice in zip(space.slots, space.choices(genotype), strict=True)},
             **{name: f"{value:.3f}" for name, value in figures.items()}}

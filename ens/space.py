@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -81,12 +81,16 @@ class Slot:
 class SearchSpace:
     """Slots with their choices, and the prices of the usage penalty (ENS, section 6.3 of its figures: a transformer
     stage costs 2.0, a surrogate 0.1 a block).
+
+    A choice of one of the `transformers` families costs its share of the teacher's stage: `restormer×2` in a stage of
+    four blocks half of `penalty_teacher`. `identity` costs nothing, any other block `penalty_per_block`.
     """
 
     name: str
     slots: tuple[Slot, ...]
     penalty_teacher: float = 2.0
     penalty_per_block: float = 0.1
+    transformers: tuple[str, ...] = ("restormer", "uformer")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -125,8 +129,16 @@ class SearchSpace:
 
     def penalty(self, genotype: Genotype) -> float:
         """Transformer usage of a genotype: sum over slots, unitless, smaller is cheaper."""
-        return round(sum(self.penalty_teacher if choice.teacher else self.penalty_per_block * choice.depth
-                         for choice in self.choices(genotype)), 9)
+        return round(sum(self.price(slot, index) for slot, index in zip(self.slots, self.check(genotype), strict=True)), 9)
+
+    def price(self, slot: Slot, index: int) -> float:
+        """Usage penalty of one choice of a slot."""
+        choice, teacher = slot.choices[index], slot.choices[0]
+        if choice.teacher:
+            return self.penalty_teacher
+        if choice.family in self.transformers:
+            return self.penalty_teacher * choice.depth / teacher.depth
+        return 0.0 if choice.family == "identity" else self.penalty_per_block * choice.depth
 
     def sample(self, rng: np.random.Generator) -> Genotype:
         return tuple(int(rng.integers(size)) for size in self.sizes)
@@ -155,7 +167,8 @@ def parse_genotype(text: str, space: SearchSpace) -> Genotype:
 class Measurement:
     """Values of one genotype: `values` by objective name, PSNR of every validation image in dB.
 
-    `valid` is False when a PSNR is not finite or the hybrid could not be built; `note` then says why. An invalid
+    `psnr_db_tuned` is the PSNR of every validation image after the best fine-tuning so far, empty before one;
+    `psnr_db` and `values` stay training-free. `valid` is False when a PSNR is not finite or the hybrid could not be built; `note` then says why. An invalid
     measurement stays in the archive, visible, and is never on the front.
     """
 
@@ -164,4 +177,4 @@ class Measurement:
     psnr_db: tuple[float, ...] = ()
     valid: bool = True
     note: str = ""
-    details: Mapping[str, float] = field(default_factory=dict)
+    psnr_db_tuned: tuple[float, ...] = ()

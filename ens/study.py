@@ -19,12 +19,13 @@ from ens.data.tasks import Task, create_task
 from ens.distill.library import BUILTIN, Library, LibraryError, create_library, open_library
 from ens.evaluate.cost import build_cost_table
 from ens.evaluate.evaluator import Evaluator
+from ens.evaluate.protocols import task_protocols
 from ens.export.hybrid import build_hybrid, open_network
 from ens.networks import create_network
 from ens.networks.slots import build_space
 from ens.networks.steps import Network, create_filling
+from ens.objectives import find_objectives
 from ens.search import create_engine
-from ens.search.objectives import find_objectives
 from ens.space import Genotype, SearchSpace
 
 
@@ -140,7 +141,7 @@ def build_evaluator(study: StudyConfig, library: Library) -> tuple[Evaluator, Se
         fillings.append([None, *(library.missing(slot.name, choice) or library.load_surrogate(spec, choice).to(device)
                                  for choice in slot.choices[1:])])
     images = load_validation(study, teacher)
-    evaluator = Evaluator(teacher, space, fillings, images=images, protocol=read_task(study).protocol,
+    evaluator = Evaluator(teacher, space, fillings, images=images, protocol=task_protocols(read_task(study))[0],
                           costs=build_cost_table(teacher, space), device=device)
     return evaluator, space, images
 

@@ -22,6 +22,7 @@ from ens.data.degradations import resize_bicubic
 from ens.data.pairs import load_validation_set
 from ens.data.tasks import create_task
 from ens.evaluate.evaluator import evaluate_restorer
+from ens.evaluate.protocols import task_protocols
 from ens.networks.checkpoints import load_checkpoint
 from ens.pipeline import Control
 
@@ -65,7 +66,7 @@ def train_and_score(name: str, run: Path, data: Path) -> str:
         large = resize_bicubic(pixels, height=height, width=width) if task.scale > 1 else pixels
         return torch.from_numpy(large).permute(2, 0, 1)[None]
 
-    trivial, restored = (statistics.fmean(score.psnr_db for score in evaluate_restorer(restore, images, task.protocol))
+    trivial, restored = (statistics.fmean(score.psnr_db for score in evaluate_restorer(restore, images, task_protocols(task)[0]))
                          for restore in (enlarge, network))
     params = sum(p.numel() for p in network.parameters())
     return (f"| {name} | {params:,} | {task.name} | {study.train.steps} | {minutes} | {trivial:.2f} | {restored:.2f} | "

@@ -12,10 +12,10 @@ from torch import nn
 
 from ens.data.images import Fingerprint
 from ens.data.pairs import ValidationImage, ValidationSet
-from ens.data.tasks import find_protocol
 from ens.evaluate.cost import build_cost_table, count_cost
 from ens.evaluate.evaluator import Evaluator
 from ens.evaluate.metrics import score
+from ens.evaluate.protocols import find_protocol
 from ens.networks import create_network
 from ens.networks.steps import Network, create_filling
 from ens.space import Choice, SearchSpace, Slot

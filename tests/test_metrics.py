@@ -11,8 +11,8 @@ from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from ens.data.tasks import PROTOCOLS, find_protocol
 from ens.evaluate.metrics import convert_colour, psnr_db, score, score_input, ssim
+from ens.evaluate.protocols import PROTOCOLS, find_protocol
 
 
 def pair(height: int = 40, width: int = 33, channels: int = 3) -> tuple[Tensor, Tensor]:

@@ -7,18 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from ens.search.objectives import (
+from ens.objectives import (
     OBJECTIVES,
-    add_objectives,
+    add_quality,
     find_objectives,
     objective_values,
     psnr_drop_db,
+    psnr_drop_se_db,
     reference_point,
 )
-from ens.space import Choice, Measurement, SearchSpace, Slot
-
-SPACE = SearchSpace("two", tuple(Slot(name, (Choice("restormer", 2, teacher=True), Choice("vssd", 1)))
-                                 for name in ("a", "b")))
+from ens.space import Measurement
 
 
 def test_a_better_hybrid_has_a_negative_drop() -> None:
@@ -28,15 +26,20 @@ def test_a_better_hybrid_has_a_negative_drop() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_psnr_that_is_not_finite_makes_a_measurement_invalid(bad: float) -> None:
-    measured = add_objectives(Measurement((1, 0), {"macs": 5.0}, (30.0, bad)), space=SPACE,
-                              teacher_psnr_db=(31.0, 31.0))
-    assert not measured.valid and "not finite" in measured.note and math.isnan(measured.values["psnr_drop_db"])
+    measured = add_quality(Measurement((1, 0), {"macs": 5.0}, (30.0, bad)), teacher_psnr_db=(31.0, 31.0))
+    assert not measured.valid and "not finite" in measured.note and "psnr_drop_db" not in measured.values
 
 
-def test_counted_values_are_kept_and_drop_and_penalty_added() -> None:
-    measured = add_objectives(Measurement((1, 0), {"macs": 5.0}, (30.0, 31.0)), space=SPACE,
-                              teacher_psnr_db=(31.0, 31.0))
-    assert measured.valid and dict(measured.values) == {"macs": 5.0, "penalty": 2.1, "psnr_drop_db": 0.5}
+def test_the_drop_and_its_paired_standard_error_join_what_was_counted() -> None:
+    """Drops 1, 0 and 2: mean 1, sample deviation 1, over √3."""
+    measured = add_quality(Measurement((1, 0), {"macs": 5.0}, (30.0, 40.0, 20.0)), teacher_psnr_db=(31.0, 40.0, 22.0))
+    assert measured.valid and measured.values["macs"] == 5.0 and measured.values["psnr_drop_db"] == pytest.approx(1.0)
+    assert measured.values["psnr_drop_se_db"] == pytest.approx(1 / math.sqrt(3))
+
+
+def test_the_standard_error_is_of_the_pairs_not_of_the_images() -> None:
+    assert psnr_drop_se_db(teacher_psnr_db=(20.0, 40.0), psnr_db=(19.5, 39.5)) == 0.0
+    assert psnr_drop_se_db(teacher_psnr_db=(20.0,), psnr_db=(19.0,)) == 0.0
 
 
 def test_numbers_of_images_must_agree() -> None:

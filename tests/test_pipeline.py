@@ -20,6 +20,7 @@ from ens.data.tasks import create_task
 from ens.distill.library import LibraryError, open_library
 from ens.evaluate.cost import count_cost
 from ens.evaluate.metrics import score
+from ens.evaluate.protocols import task_protocols
 from ens.export.formats import ExportError
 from ens.export.hybrid import build_hybrid, load_hybrid, read_facts
 from ens.networks import create_network
@@ -88,7 +89,7 @@ def check_by_brute_force(study: StudyConfig, out: Path, *, num_genotypes: int) -
 
     def mean_psnr(network: torch.nn.Module) -> float:
         with torch.inference_mode():
-            return float(np.mean([score(network(image.degraded[None])[0], image.clean, task.protocol).psnr_db
+            return float(np.mean([score(network(image.degraded[None])[0], image.clean, task_protocols(task)[0]).psnr_db
                                   for image in images]))
 
     for genotype in space.enumerate():

@@ -48,6 +48,15 @@ def test_the_penalty_counts_stages_and_surrogate_blocks() -> None:
     assert SPACE.penalty((0, 0, 0)) == 6.0 and SPACE.penalty((2, 0, 1)) == pytest.approx(0.4 + 2.0 + 0.1)
 
 
+def test_a_transformer_choice_costs_its_share_of_the_stage_and_identity_nothing() -> None:
+    """ENS prices what a block is: a quarter of a transformer stage is a quarter of its price, not a surrogate's."""
+    slot = Slot("a", (TEACHER, Choice("restormer", 1), Choice("identity", 1), Choice("uformer", 2), Choice("conv", 3)))
+    space = SearchSpace("s", (slot,))
+    assert [space.penalty((index,)) for index in range(5)] == [2.0, 0.5, 0.0, 1.0, pytest.approx(0.3)]
+    dearer = SearchSpace("s", (slot,), penalty_teacher=4.0, penalty_per_block=0.5, transformers=("conv",))
+    assert [dearer.penalty((index,)) for index in range(5)] == [4.0, 0.5, 0.0, 1.0, 3.0]
+
+
 def test_a_slot_starts_with_the_teacher_and_repeats_nothing() -> None:
     with pytest.raises(ValueError, match="teacher"):
         Slot("a", (Choice("vssd", 1), TEACHER))

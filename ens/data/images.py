@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import struct
-import tempfile
 import warnings
 import zlib
 from collections import Counter
@@ -18,6 +16,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ens.atomic import write_atomic
 
 Pixels = NDArray[np.uint8 | np.uint16]
 FloatImage = NDArray[np.float32]
@@ -155,28 +155,6 @@ def _encode(photo: Photo, suffix: str) -> bytes:
         pixels = np.dstack([np.broadcast_to(pixels, (*pixels.shape[:2], 3)), photo.alpha])
     quality = [cv2.IMWRITE_WEBP_QUALITY, 101] if suffix == ".webp" else []  # above 100 is lossless
     return bytes(cv2.imencode(suffix, _swap_red_blue(pixels), quality)[1].tobytes())
-
-
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write to a temporary name beside `path`, flush, fsync, rename: readers see the old file or the new, whole."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def to_float(pixels: Pixels) -> FloatImage:

@@ -1,4 +1,4 @@
-"""Tasks: a degradation with its parameters, and the evaluation protocol that goes with it."""
+"""Tasks: a degradation with its parameters, and the names of the evaluation protocols that go with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import numpy as np
@@ -26,37 +26,6 @@ from ens.data.images import FloatImage
 
 VALIDATION_SEED = 2026
 _JPEG_GRID_PX = 16  # a 4:2:0 unit: two 8×8 blocks each way
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How an output is scored: `colour` is a rule of `convert_colour`, `border_px` is cut from each side first,
-    `quantised` says whether output and target are clipped and rounded to uint8 before anything else.
-    """
-
-    name: str
-    colour: str
-    border_px: int = 0
-    quantised: bool = True
-
-
-PROTOCOLS = {protocol.name: protocol for protocol in (
-    Protocol("denoise-color-awgn", "rgb"),
-    Protocol("denoise-sidd", "rgb", quantised=False),
-    Protocol("derain-y", "y_rounded"),
-    Protocol("deblur-rgb", "rgb"),
-    Protocol("sr-y", "y"),
-    Protocol("sr-rgb", "rgb", border_px=4),  # NTIRE efficient super-resolution
-    Protocol("csr-y", "y", border_px=4),
-    Protocol("jpeg-y", "gray"),
-)}
-
-
-def find_protocol(name: str, *, scale: int = 1) -> Protocol:
-    """The protocol of that name; `sr-y` cuts `scale` pixels from each side. Raises ValueError naming the right ones."""
-    if name not in PROTOCOLS:
-        raise ValueError(f"no protocol {name!r}; there are {', '.join(PROTOCOLS)}")
-    return replace(PROTOCOLS[name], border_px=scale) if name == "sr-y" else PROTOCOLS[name]
 
 
 @dataclass(frozen=True)
@@ -83,15 +52,6 @@ class Task(ABC):
     @property
     def grid_px(self) -> int:
         return self.scale
-
-    @property
-    def protocol(self) -> Protocol:
-        return find_protocol(self.protocol_name, scale=self.scale)
-
-    @property
-    def protocols(self) -> list[Protocol]:
-        """Every protocol people quote for this task, `protocol` first."""
-        return [find_protocol(name, scale=self.scale) for name in (self.protocol_name, *self.other_protocols)]
 
     def prepare(self, clean: FloatImage) -> FloatImage:
         """The target: `clean` cropped to a multiple of the scale (and reduced to luma where the protocol is gray)."""

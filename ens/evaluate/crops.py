@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ens.data.images import encode_png, to_pixels
 from ens.data.pairs import ValidationSet
-from ens.data.tasks import Protocol
 from ens.evaluate.metrics import score_input, score_psnr_db
+from ens.evaluate.protocols import Protocol
 
 
 def draw_crops(networks: Mapping[str, nn.Module], images: ValidationSet, protocol: Protocol, *, side_px: int = 128,

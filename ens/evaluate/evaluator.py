@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ens.data.pairs import ValidationSet
-from ens.data.tasks import Protocol
 from ens.evaluate.cost import CostTable
 from ens.evaluate.metrics import Score, score, score_psnr_db
+from ens.evaluate.protocols import Protocol
 from ens.networks.steps import Network, State, pad_to_multiple
 from ens.space import Genotype, Measurement, SearchSpace
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ens.data.tasks import Protocol
+from ens.evaluate.protocols import Protocol
 
 FloatArray = NDArray[np.float64]
 

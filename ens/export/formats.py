@@ -9,8 +9,6 @@ import contextlib
 import hashlib
 import io
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ens.data.images import write_atomic
+from ens.atomic import atomic_path, write_atomic
 from ens.export.graph import tidy_graph
 from ens.networks.steps import Network, pad_to_multiple
 
@@ -66,21 +64,12 @@ def export_onnx(network: Network, path: str | Path, *, photo: Tensor, tolerance:
     if taken:
         raise ValueError(f"facts may not be called {', '.join(taken)}; these names describe the file")
     model = _convert(network, {**metadata, **(facts or {})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(model)
-            file.flush()
-            os.fsync(file.fileno())
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(model)
         error = measure_parity(network, temporary, photo=photo)
         if not error <= tolerance:
             raise ExportError(f"{path.name}: ONNX Runtime differs from PyTorch by {error:.1e} relative, more than "
                               f"{tolerance:.0e}; the file was not kept")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return error
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import pickle
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ens.atomic import write_atomic
 from ens.networks import create_network, dvmsr, mambacsr, mambair_unet, plksr, restormer
 from ens.networks.steps import Network
 
@@ -241,7 +240,7 @@ def save_checkpoint(path: str | Path, network: Network, *, facts: Mapping[str, s
     if path.suffix == ".pth":
         buffer = io.BytesIO()
         torch.save({"params": _finite_state(network)}, buffer)
-        _write_atomic(path, buffer.getvalue())
+        write_atomic(path, buffer.getvalue())
     elif path.suffix == ".safetensors":
         write_tensors(path, _finite_state(network), describe_recipe(network, CHECKPOINT_FORMAT, facts))
     else:
@@ -275,14 +274,14 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} holds NaN or infinity; such weights are never stored")
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    _write_atomic(Path(path), safetensors.torch.save(contiguous, dict(metadata)))
+    write_atomic(Path(path), safetensors.torch.save(contiguous, dict(metadata)))
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Keep the state of an unfinished training (tensors, numbers, text, containers of them); it appears whole."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    _write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
 def load_state(path: Path, *, device: str = "cpu") -> dict[str, Any] | None:
@@ -293,18 +292,3 @@ def load_state(path: Path, *, device: str = "cpu") -> dict[str, Any] | None:
 def remove_state(path: Path) -> None:
     """Forget a finished training."""
     path.unlink(missing_ok=True)
-
-
-def _write_atomic(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

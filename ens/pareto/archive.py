@@ -199,8 +199,7 @@ def _to_trial(measurement: Measurement, *, slots: Mapping[str, Sequence[str]], o
         values=values if measurement.valid else None, params=labels, distributions=distributions,
         user_attrs={"genotype": format_genotype(measurement.genotype), "engine": engine, "note": measurement.note,
                     "psnr_db": _to_json(measurement.psnr_db),
-                    "values": dict(zip(measurement.values, _to_json(measurement.values.values()), strict=True)),
-                    "details": dict(zip(measurement.details, _to_json(measurement.details.values()), strict=True))})
+                    "values": dict(zip(measurement.values, _to_json(measurement.values.values()), strict=True))})
 
 
 def _from_trial(trial: FrozenTrial) -> Measurement:
@@ -208,8 +207,7 @@ def _from_trial(trial: FrozenTrial) -> Measurement:
     return Measurement(genotype=tuple(int(index) for index in stored["genotype"].split("-")),
                        values={name: float(value) for name, value in stored["values"].items()},
                        psnr_db=tuple(float(value) for value in stored["psnr_db"]),
-                       valid=trial.state == TrialState.COMPLETE, note=stored["note"],
-                       details={name: float(value) for name, value in stored["details"].items()})
+                       valid=trial.state == TrialState.COMPLETE, note=stored["note"])
 
 
 def _to_json(numbers: Iterable[float]) -> list[float | str]:

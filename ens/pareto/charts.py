@@ -10,8 +10,9 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from ens.objectives import format_value
 from ens.pareto.front import hypervolume_history
-from ens.pareto.selection import Front, format_value, measured_values
+from ens.pareto.selection import Front, measured_values
 from ens.space import Measurement, SearchSpace, format_genotype
 
 _GREY, _LINE, _KNEE, _NEAR = "#9aa5b1", "#0072B2", "#D55E00", "#E69F00"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,16 +12,18 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from ens.atomic import write_atomic
+from ens.objectives import format_value
 from ens.pareto.charts import draw_png, front_figure, hypervolume_figure
 from ens.pareto.front import hypervolume
 from ens.pareto.palette import choice_colours, text_colour
-from ens.pareto.selection import Front, format_value, front_table
+from ens.pareto.selection import Front, front_table
 from ens.space import Measurement, SearchSpace, Slot, format_genotype
 
 
 def write_csv(path: Path, *, front: Front, space: SearchSpace) -> None:
     """The front as CSV, full precision, one row a member."""
-    _write(path, front_table(front, space=space).to_csv(index=False).encode())
+    write_atomic(path, front_table(front, space=space).to_csv(index=False).encode())
 
 
 def write_markdown(path: Path, *, title: str, front: Front) -> None:
@@ -33,12 +33,12 @@ def write_markdown(path: Path, *, title: str, front: Front) -> None:
     for index, member in enumerate(front.members):
         values = " | ".join(format_value(name, member.values[name]) for name in front.objectives)
         lines.append(f"| {front.role(index)} | `{format_genotype(member.genotype)}` | {values} |")
-    _write(path, ("\n".join(lines) + "\n").encode())
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
 def write_png(path: Path, *, title: str, measurements: Sequence[Measurement], front: Front) -> None:
     """All measurements and the front as a PNG."""
-    _write(path, draw_png(title=title, measurements=measurements, front=front))
+    write_atomic(path, draw_png(title=title, measurements=measurements, front=front))
 
 
 def write_report(path: Path, *, title: str, space: SearchSpace, measurements: Sequence[Measurement], front: Front,
@@ -69,7 +69,7 @@ def write_report(path: Path, *, title: str, space: SearchSpace, measurements: Se
                 {"label": choice.label, "fill": fill, "ink": text_colour(fill)}
                 for choice, fill in zip(slot.choices, row, strict=True)]}
                 for slot, row in zip(space.slots, colours, strict=True)]})))
-    _write(path, page.encode())
+    write_atomic(path, page.encode())
 
 
 def slot_levels(space: SearchSpace) -> list[int]:
@@ -122,18 +122,3 @@ def _legend(space: SearchSpace, colours: Sequence[Sequence[str]]) -> dict[str, s
 def _inline(text: str) -> Markup:
     """JSON that may stand inside <script>: no character in it can close the element or open a comment."""
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the whole new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

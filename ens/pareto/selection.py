@@ -92,14 +92,3 @@ def front_table(front: Front, *, space: SearchSpace) -> pd.DataFrame:
                      **{name: member.values[name] for name in front.objectives}, **others,
                      "psnr_db": float(np.mean(member.psnr_db)) if member.psnr_db else others.get("psnr_db"), **labels})
     return pd.DataFrame(rows)
-
-
-def format_value(name: str, value: float) -> str:
-    """A value as people read it: `1.23 G` for MACs, `1.10 M` for parameters, `0.123` for dB."""
-    if name in ("macs", "params"):
-        for scale, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-            if abs(value) >= scale:
-                scaled = abs(value) / scale
-                return f"{value / scale:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{letter}"
-        return f"{value:g}"
-    return f"{value:.3f}" if name.endswith("_db") else f"{value:.4g}"

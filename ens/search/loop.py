@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from ens.objectives import find_objectives, objective_values
 from ens.search import Engine
-from ens.search.objectives import find_objectives, objective_values
 from ens.space import Genotype, Measurement
 
 
