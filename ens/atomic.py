@@ -1,4 +1,4 @@
-"""The one way a file comes into being: a temporary name beside it, fsync, rename. Readers see the old file or the new."""
+"""The one way a file comes into being: a temporary name beside it, fsync, rename; readers see the old or the new."""
 
 from __future__ import annotations
 

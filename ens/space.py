@@ -129,7 +129,8 @@ class SearchSpace:
 
     def penalty(self, genotype: Genotype) -> float:
         """Transformer usage of a genotype: sum over slots, unitless, smaller is cheaper."""
-        return round(sum(self.price(slot, index) for slot, index in zip(self.slots, self.check(genotype), strict=True)), 9)
+        self.check(genotype)
+        return round(sum(self.price(slot, index) for slot, index in zip(self.slots, genotype, strict=True)), 9)
 
     def price(self, slot: Slot, index: int) -> float:
         """Usage penalty of one choice of a slot."""
@@ -168,8 +169,8 @@ class Measurement:
     """Values of one genotype: `values` by objective name, PSNR of every validation image in dB.
 
     `psnr_db_tuned` is the PSNR of every validation image after the best fine-tuning so far, empty before one;
-    `psnr_db` and `values` stay training-free. `valid` is False when a PSNR is not finite or the hybrid could not be built; `note` then says why. An invalid
-    measurement stays in the archive, visible, and is never on the front.
+    `psnr_db` and `values` stay training-free. `valid` is False when a PSNR is not finite or the hybrid could not be
+    built; `note` then says why. An invalid measurement stays in the archive, visible, and is never on the front.
     """
 
     genotype: Genotype

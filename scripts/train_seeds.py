@@ -66,7 +66,8 @@ def train_and_score(name: str, run: Path, data: Path) -> str:
         large = resize_bicubic(pixels, height=height, width=width) if task.scale > 1 else pixels
         return torch.from_numpy(large).permute(2, 0, 1)[None]
 
-    trivial, restored = (statistics.fmean(score.psnr_db for score in evaluate_restorer(restore, images, task_protocols(task)[0]))
+    protocol = task_protocols(task)[0]
+    trivial, restored = (statistics.fmean(score.psnr_db for score in evaluate_restorer(restore, images, protocol))
                          for restore in (enlarge, network))
     params = sum(p.numel() for p in network.parameters())
     return (f"| {name} | {params:,} | {task.name} | {study.train.steps} | {minutes} | {trivial:.2f} | {restored:.2f} | "
