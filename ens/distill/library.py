@@ -91,6 +91,12 @@ class Library:
             return f"{self.root.name} holds no {choice.label} for {slot}"
         return f"{choice.label} of {slot} failed: {entry.failed}" if entry.failed else ""
 
+    def create_skeleton(self) -> Network:
+        """The teacher's network without weights, on the meta device: its slots and sizes cost nothing to know."""
+        entry = self.manifest["teacher"]
+        with torch.device("meta"):
+            return create_network(entry["network"], **entry["options"])
+
     def load_teacher(self) -> Network:
         """The teacher, in evaluation mode; raises LibraryError when its weights are not those of the manifest."""
         entry = self.manifest["teacher"]
@@ -158,7 +164,7 @@ def open_library(path: str | Path) -> Library:
     """Open a library folder, or `builtin:NAME` of those that ship; raises LibraryError saying what is wrong."""
     root = builtin_folder(str(path)) if str(path).startswith(BUILTIN) else Path(path)
     try:
-        manifest = json.loads((root / "manifest.json").read_text())
+        manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LibraryError(f"{path} is not a library: it has no manifest.json") from None
     except ValueError as error:

@@ -22,7 +22,7 @@ from ens.networks.checkpoints import (
     write_tensors,
 )
 from ens.networks.steps import Network, create_filling
-from ens.space import Choice
+from ens.space import Choice, Genotype, format_genotype
 
 HYBRID_FORMAT = "ens hybrid 1"
 _DESCRIPTION = ("format", "network", "options", "slots", "weights_sha256")
@@ -79,6 +79,31 @@ def load_hybrid(path: str | Path) -> Network:
 
 def _read_choice(entry: Mapping[str, Any]) -> Choice:
     return Choice(entry["family"], entry["depth"], tuple(entry["options"].items()))
+
+
+class HybridFiles:
+    """Where the hybrids of a run are: `finetune/GENOTYPE-RECIPE.safetensors` and `export/GENOTYPE.onnx`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def tuned(self, genotype: Genotype, recipe: str) -> Path:
+        """The hybrid fine-tuned by a recipe (its key)."""
+        return self.folder / "finetune" / f"{format_genotype(genotype)}-{recipe}.safetensors"
+
+    def list_tuned(self) -> list[Path]:
+        """Every fine-tuned hybrid, by name."""
+        return sorted((self.folder / "finetune").glob("*.safetensors"))
+
+    def exported(self, genotype: Genotype) -> Path:
+        """The exported ONNX file; its weights and card have the same stem."""
+        return self.folder / "export" / f"{format_genotype(genotype)}.onnx"
+
+    def is_exported(self, genotype: Genotype, tuned: Path | None) -> bool:
+        """Whether the exported file holds these fine-tuned weights."""
+        target = self.exported(genotype)
+        weights = target.with_suffix(".safetensors")
+        return tuned is not None and target.exists() and weights.exists() and read_facts(weights) == read_facts(tuned)
 
 
 def read_facts(path: str | Path) -> dict[str, str]:
