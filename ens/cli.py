@@ -96,7 +96,7 @@ def _open(run: Path, changes: Sequence[str] | None = None, *, storage: str = "")
     from ens.config import parse_changes
     from ens.run_folder import RunFolder
 
-    return RunFolder.open(run, parse_changes(changes or ()), storage=storage)
+    return RunFolder.reopen(run, parse_changes(changes or ()), storage=storage)
 
 
 @app.callback(invoke_without_command=True)

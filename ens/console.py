@@ -73,6 +73,7 @@ def reporting() -> Iterator[Control]:
 
 
 def make_table(words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table: columns of words on the left, of numbers on the right."""
     table = Table(*words, box=SIMPLE_HEAD)
     for name in numbers:
         table.add_column(name, justify="right")
@@ -80,6 +81,7 @@ def make_table(words: Sequence[str], numbers: Sequence[str]) -> Table:
 
 
 def print_front(folder: RunFolder, front: Front) -> None:
+    """The members of a front, and what fills every slot at the knee."""
     from ens.pareto.tables import front_rows
 
     headers, rows = front_rows(front)
@@ -109,7 +111,6 @@ def print_tuned(folder: RunFolder, genotypes: Sequence[Genotype]) -> None:
                                                            for state in states))
     if table.row_count:
         show(table)
-
 
 
 def print_evaluation(results: Sequence[Evaluation], task: str) -> None:

@@ -26,7 +26,7 @@ from ens.export.hybrid import load_hybrid, open_network, read_facts, save_hybrid
 from ens.networks.checkpoints import remove_state, save_checkpoint
 from ens.pareto.selection import Front
 from ens.run_folder import RunFolder
-from ens.runtime.process import QUIET, Control, Interrupted
+from ens.runtime.process import QUIET, Control
 from ens.space import Genotype, Measurement, format_genotype, parse_genotype
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def train(run: RunFolder, control: Control = QUIET) -> None:
                         taught_by=open_network(recipe.taught_by) if recipe.taught_by else None,
                         identity={"task": str(run.task)}, on_progress=control.follow("train"),
                         should_stop=control.should_stop)
-    if not fit.complete:
-        raise Interrupted("train")
+    control.require(fit.complete, "train")
     save_checkpoint(run.teacher_path, network, facts={"task": str(run.task), "steps": str(recipe.steps)})
     remove_state(state)
 
@@ -69,8 +68,7 @@ def distill(run: RunFolder, control: Control = QUIET) -> Library:
         patch_px=settings.patch_px, lr=settings.lr, group_size=settings.group_size, seed=run.study.seed,
         device=run.device, should_stop=control.should_stop,
         on_progress=lambda done, total, error: control.progress("distill", done, total, f"error {error:.3f}"))
-    if not complete:
-        raise Interrupted("distill")
+    control.require(complete, "distill")
     return library
 
 
@@ -85,27 +83,16 @@ def search(run: RunFolder, control: Control = QUIET) -> list[Measurement]:
 
     settings = run.study.search
     with run.recording() as archive:
-        known = archive.known()
-        if known:
-            control.say(f"search: goes on after {len(known)} genotypes")
-
-        def record(measurement: Measurement) -> None:
-            archive.record(measurement)
-            if control.should_stop():
-                raise Interrupted("search")
-
+        if archive.known():
+            control.say(f"search: goes on after {len(archive.known())} genotypes")
         return run_search(
             engine=create_engine(settings.engine, run.space, seed=run.study.seed), objectives=settings.objectives,
-            known=known, evaluate=run.evaluator.evaluate, record=record, budget=settings.budget,
-            batch_size=settings.batch_size,
-            progress=lambda done, total: control.progress("search", done, total, "genotypes"))
+            known=archive.known(), evaluate=run.evaluator.evaluate, record=archive.record, budget=settings.budget,
+            batch_size=settings.batch_size, progress=lambda done, total: control.step("search", done, total))
 
 
 def pareto(run: RunFolder, control: Control = QUIET, *, objectives: tuple[str, ...] = ()) -> Front:
-    """Write `front.csv`, `front.md`, `front.png` and `report.html` of a run; returns the front.
-
-    `objectives` are any two or three that were measured, those of the search by default.
-    """
+    """Write `front.csv`, `front.md`, `front.png` and `report.html`; `objectives` are the search's unless given."""
     from ens.evaluate.crops import draw_crops
     from ens.pareto.report import write_front
 
@@ -119,10 +106,9 @@ def pareto(run: RunFolder, control: Control = QUIET, *, objectives: tuple[str, .
 
 
 def finetune(run: RunFolder, pick: str = "knee", control: Control = QUIET) -> Genotype:
-    """Train the pick and the members nearest to it (`finetune.candidates` in all) with L1 plus the teacher's output.
+    """Train the pick and the members nearest to it (`finetune.candidates` in all); returns the one of highest PSNR.
 
-    Each keeps the best weights seen on the validation images and its own file in `finetune/`, one a recipe. Returns
-    the genotype of highest PSNR there.
+    Each keeps the best weights seen on the validation images and has its own file in `finetune/`, one a recipe.
     """
     run.hold()
     tuned = {}
@@ -139,15 +125,14 @@ def finetune(run: RunFolder, pick: str = "knee", control: Control = QUIET) -> Ge
 def _tune(run: RunFolder, genotype: Genotype, path: Path, control: Control) -> None:
     """Fine-tune one hybrid and write its file, with its PSNR before and after on validation and on report images."""
     hybrid, recipe, state = run.build(genotype), run.recipe(run.study.finetune), path.with_suffix(".pt")
-    figures = {**run.judge.judge_input(), **run.judge.judge(run.teacher, "teacher"),
-               **run.judge.judge(hybrid, "before")}
+    control.say(f"finetune: the loss is {recipe.describe_loss()}")
+    figures = run.judge.judge_input() | run.judge.judge(run.teacher, "teacher") | run.judge.judge(hybrid, "before")
     fit = train_network(hybrid, run.patches("finetune"), recipe=recipe, checkpoint=state, device=run.device,
                         taught_by=open_network(recipe.taught_by) if recipe.taught_by else run.teacher,
                         identity={"genotype": format_genotype(genotype), "library": run.library.hash_of(run.space)},
                         validate=run.judge.score, on_progress=control.follow("finetune"),
                         should_stop=control.should_stop)
-    if not fit.complete:
-        raise Interrupted("finetune")
+    control.require(fit.complete, "finetune")
     figures |= run.judge.judge(hybrid, "after")
     facts = {"finetune": recipe.key, **run.facts(genotype, figures)}
     if figures["psnr_db_input"] and fmean(figures["psnr_db_after"]) < fmean(figures["psnr_db_input"]):
@@ -159,10 +144,7 @@ def _tune(run: RunFolder, genotype: Genotype, path: Path, control: Control) -> N
 
 
 def export(run: RunFolder, pick: str = "knee", control: Control = QUIET) -> Path:
-    """Write one hybrid as ONNX, safetensors and a YAML card; its best fine-tuned weights where there are some.
-
-    Returns the ONNX file, which appears only after ONNX Runtime has reproduced it.
-    """
+    """Write one hybrid, its best fine-tuned weights where there are some, as ONNX, safetensors and a YAML card."""
     from ens.export.formats import ExportError, write_card, write_checked
 
     run.hold()
@@ -202,10 +184,7 @@ def run_all(run: RunFolder, control: Control = QUIET, *, pick: str = "knee") -> 
 
 def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET, *, protocol: str = "",
              crop_px: int | None = None, limit: int | None = None, threads: int | None = None) -> list[Evaluation]:
-    """Score a checkpoint, hybrid or exported file (`builtin:NAME` for a shipped teacher) on a folder of images.
-
-    One evaluation a protocol: the named one, or all that people quote for the task, its own first.
-    """
+    """Score any file that holds a network, or `builtin:NAME`, by the named protocol or by all of the task's."""
     from ens.runtime.session import open_session
 
     rules = [find_protocol(protocol, scale=task.scale)] if protocol else task_protocols(task)
@@ -217,30 +196,28 @@ def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET,
                               on_progress=lambda done, total: control.progress("evaluate", done, total, "images"))
 
 
-def inspect_erf(run: RunFolder, slot: str, target: Path, control: Control = QUIET) -> dict[str, dict[str, EnergyMap]]:
-    """Draw the effective receptive field of a slot: the teacher's and every surrogate's, before and after training.
+def inspect_erf(run: RunFolder, slot: str, target: Path) -> dict[str, dict[str, EnergyMap]]:
+    """Draw the effective receptive field of a slot into the PNG `target`: the teacher's and every surrogate's.
 
     Choice -> state -> map; surrogates stand before distillation, after it, and after a fine-tuning of this run where
-    one uses them. Features are the slot's own on the first four validation images. Writes the PNG `target`.
+    one uses them. Features are the slot's own on the first four validation images.
     """
     from ens.evaluate.receptive_field import draw_receptive_fields, measure_slot
 
-    names = [one.name for one in run.space.slots]
+    names, images = [one.name for one in run.space.slots], run.validation.images[:4]
     if slot not in names:
         raise ValueError(f"{run.study.name} does not search slot {slot!r}; it searches {', '.join(names)}")
-    position, spec, images = names.index(slot), run.skeleton.slot(slot), run.validation.images[:4]
+    position, spec = names.index(slot), run.skeleton.slot(slot)
     teacher, *choices = run.space.slots[position].choices
     tuned = {parse_genotype(read_facts(path)["genotype"], run.space)[position]: path for path in run.hybrids.list_tuned()}
     maps = {teacher.label: {"teacher": measure_slot(run.teacher, slot, images)}}
     for index, choice in enumerate(choices, 1):
-        blocks = {"before": create_surrogate(run.teacher, spec, choice, seed=run.study.seed)}
+        before = create_surrogate(run.teacher, spec, choice, seed=run.study.seed)
+        states = maps[choice.label] = {"before": measure_slot(run.teacher, slot, images, module=before)}
         if not run.library.missing(slot, choice):
-            blocks["distilled"] = run.surrogate(spec, choice)
-        maps[choice.label] = {state: measure_slot(run.teacher, slot, images, module=module)
-                              for state, module in blocks.items()}
+            states["distilled"] = measure_slot(run.teacher, slot, images, module=run.surrogate(spec, choice))
         if index in tuned:
-            maps[choice.label]["fine-tuned"] = measure_slot(load_hybrid(tuned[index]), slot, images)
-        control.progress("inspect", index, len(choices), choice.label)
-    write_atomic(target, draw_receptive_fields(f"{run.study.name}, {slot}: 1 px is {spec.downscale} px of the image",
-                                               maps))
+            states["fine-tuned"] = measure_slot(load_hybrid(tuned[index]), slot, images)
+    title = f"{run.study.name}, {slot}: 1 px is {spec.downscale} px of the image"
+    write_atomic(target, draw_receptive_fields(title, maps))
     return maps

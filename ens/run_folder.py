@@ -46,7 +46,7 @@ _held: dict[Path, FileLock] = {}
 class RunFolder:
     """One run on disk. Every property is opened at most once in a process, when it is first asked for.
 
-    Made by `start` (a study and the folder it runs in) or `open` (a folder that holds a study). `storage` is where the
+    Made by `start` (a study and the folder it runs in) or `reopen` (a folder that holds a study). `storage` is where the
     archive is, `archive.db` unless given. A study's `threads` are set for the process.
     """
 
@@ -77,7 +77,7 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: Path, changes: Mapping[str, Any] | None = None, *, storage: str = "") -> Self:
+    def reopen(cls, path: Path, changes: Mapping[str, Any] | None = None, *, storage: str = "") -> Self:
         """Open the run in a folder; `changes` replace keys of its study in this process. Raises ConfigError."""
         if not (path / RUN_FILE).exists():
             raise ConfigError(f"{path} is not a run folder: it has no {RUN_FILE}; "
@@ -147,7 +147,7 @@ class RunFolder:
         """The teacher's network for its slots and sizes alone; on the meta device unless only weights tell them."""
         if self.study.library or (self.path / "library" / "manifest.json").exists():
             return self.library.create_skeleton()
-        return open_network(self.study.teacher) if self.study.teacher else self.create_network("meta")
+        return self.source if self.study.teacher else self.create_network("meta")
 
     def create_network(self, device: str = "cpu") -> Network:
         """The network to train as a teacher, randomly initialised; raises ConfigError where the study has none."""
@@ -303,8 +303,8 @@ class RunFolder:
         manifest = {**self.identity, "data": str(self.validation.fingerprint), "reference": list(reference)}
         with open_archive(self.storage, space=self.space, objectives=objectives, manifest=manifest,
                           baseline=self.baseline) as archive:
+            self._archive = archive
             yield archive
-        self._archive = None
 
     @property
     def is_searched(self) -> bool:

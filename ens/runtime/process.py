@@ -44,6 +44,17 @@ class Control:
     say: Callable[[str], None] = lambda line: None
     should_stop: Callable[[], bool] = lambda: False
 
+    def step(self, verb: str, done: int, total: int) -> None:
+        """Report a genotype that was measured; raises Interrupted where the user asked to stop."""
+        self.progress(verb, done, total, "genotypes")
+        if self.should_stop() and done < total:
+            raise Interrupted(verb)
+
+    def require(self, complete: bool, verb: str) -> None:
+        """Raises Interrupted where a training was stopped before its end."""
+        if not complete:
+            raise Interrupted(verb)
+
     def follow(self, verb: str) -> Callable[[Progress], None]:
         """What a training reports its steps to."""
         return lambda now: self.progress(verb, now.step, now.steps, f"loss {now.loss:.4f}" + (
