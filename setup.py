@@ -14,7 +14,7 @@ OPENMP = "-fopenmp"
 class BuildKernels(build_ext):
     """Builds with OpenMP where the compiler can link it, else without: one thread, the same results.
 
-    GCC brings libgomp, which PyTorch uses too. Clang needs libomp, which is a package of its own, and on macOS has none.
+    GCC brings libgomp, which PyTorch uses too. Clang needs libomp, a package of its own; on macOS it has none.
     """
 
     def build_extension(self, ext: Extension) -> None:

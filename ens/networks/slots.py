@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+from ens.blocks import FAMILIES
 from ens.networks.steps import Network, SlotSpec, block_slots, check_depth
 from ens.space import Choice, SearchSpace, Slot
 
@@ -20,14 +21,21 @@ def build_space(name: str, network: Network, *, granularity: str = "stage", choi
 
     `slots` names slots (stages, or blocks as `stage.index`) with the surrogates of each; without it every slot of the
     granularity offers `choices`. The prices are `SearchSpace`'s. Raises ValueError for a slot the network lacks, for
-    slots of which one lies in another, and for a depth that is out of range; each names what there is.
+    slots of which one lies in another, and for a granularity, family or depth that there is not.
     """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"{name}: no granularity {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
     stages, blocks = list(network.slots), block_slots(network.slots)
     known = {spec.name: spec for spec in (*stages, *blocks)}
     offered = slots or {spec.name: choices for spec in (stages if granularity == "stage" else blocks)}
     for slot in offered:
         if slot not in known:
             raise ValueError(f"{name}: no slot {slot!r}; the network has {', '.join(known)}")
+    families = (*FAMILIES, *sorted({spec.family for spec in stages} - set(FAMILIES)))
+    for family in transformers:
+        if family not in families:
+            raise ValueError(f"{name}: no block family {family!r} to price as a transformer; allowed: "
+                             f"{', '.join(families)}")
     _check_apart(name, [known[slot] for slot in offered])
     order = {slot: (network.slot_step(slot), index) for index, slot in enumerate(known)}
     filled = []

@@ -33,8 +33,8 @@ HAS_KERNEL = load_kernels() is not None
 
 @functools.cache
 def _warn_about_the_slow_path() -> None:
-    warnings.warn(f"the native scan kernel {why_no_kernels()}, so scans take paths of PyTorch operators, selective scans "
-                  "more than ten times slower; install a C++ compiler and reinstall ens", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"the native scan kernel {why_no_kernels()}, so scans run as PyTorch operators, selective scans more "
+                  "than ten times slower; install a C++ compiler and reinstall ens", RuntimeWarning, stacklevel=4)
 
 
 def uses_kernel(u: Tensor) -> bool:
@@ -160,8 +160,8 @@ def _scan_with(scan: Callable[..., tuple[Tensor, Tensor]], inputs: ScanInputs) -
     if order is None:
         y, last = scan(grouped, steps, A, B, C)
     else:
+        back = [invert_order(row) for row in order]  # first, because it refuses what is no permutation
         index = order.long()
-        back = [invert_order(row) for row in index]  # first, because it refuses what is no permutation
         ordered = [torch.stack([m[:, g][..., index[g]] for g in range(groups)], 1) for m in (grouped, steps, B, C)]
         y, last = scan(ordered[0], ordered[1], A, ordered[2], ordered[3])
         y = torch.stack([y[:, g][..., back[g]] for g in range(groups)], 1)

@@ -54,19 +54,24 @@ def check_order(order: Tensor) -> None:
     if torch.compiler.is_compiling() or order.is_meta or order.numel() == 0:
         return
     low, high = (int(value) for value in order.aminmax())
-    length = order.shape[-1]
-    # Not by sorting: this is one pass, and it stands before every scan.
-    if low < 0 or high >= length or not torch.zeros(order.shape, dtype=torch.uint8, device=order.device).scatter_(
-            -1, order.long(), 1).all():
-        raise ValueError(f"every row of an order is a permutation of 0 to {length - 1}, got numbers from {low} to {high}"
-                         f"{'' if low < 0 or high >= length else ', some of them twice'}")
+    last = order.shape[-1] - 1
+    if low < 0 or high > last:
+        raise ValueError(f"every row of an order is a permutation of 0 to {last}, got numbers from {low} to {high}")
+    # Not by sorting: this stands before every scan.
+    seen = torch.zeros(order.shape, dtype=torch.uint8, device=order.device).scatter_(-1, order.long(), 1)
+    if not seen.all():
+        raise ValueError(f"every row of an order is a permutation of 0 to {last}, got a row without "
+                         f"{int((seen == 0).nonzero()[0, -1])}")
 
 
 def invert_order(order: Tensor) -> Tensor:
-    """The permutation that undoes `order`: `x[..., order][..., invert_order(order)]` is x; else ValueError."""
+    """The int64 permutation that undoes `order`: `x[..., order][..., invert_order(order)]` is x.
+
+    Raises ValueError for what is no permutation.
+    """
     check_order(order)
-    inverse = torch.empty_like(order)
-    inverse[order.long()] = torch.arange(order.numel(), dtype=order.dtype, device=order.device)
+    inverse = torch.empty(order.shape, dtype=torch.int64, device=order.device)
+    inverse[order.long()] = torch.arange(order.numel(), device=order.device)
     return inverse
 
 

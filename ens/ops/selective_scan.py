@@ -52,7 +52,7 @@ def selective_scan_directions(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C:
     if cuda_scan(u) is None:
         return _run(given, delta_softplus=True, order=order, merge=merge)[0]
     back = [invert_order(index) for index in order]  # first, because it refuses what is no permutation
-    ordered = [torch.stack([m[:, g][..., index] for g, index in enumerate(order)], 1) for m in
+    ordered = [torch.stack([m[:, g][..., index] for g, index in enumerate(order.long())], 1) for m in
                (u[:, None].expand(-1, groups, -1, -1), delta.unflatten(1, (groups, -1)), B, C)]
     y, _ = _run(_Inputs(ordered[0].flatten(1, 2), ordered[1].flatten(1, 2), A, ordered[2], ordered[3], D, None,
                         delta_bias), delta_softplus=True)
@@ -165,6 +165,6 @@ def scan_backends() -> dict[str, str]:
     """What a selective scan runs in on each device, for people to read."""
     library = load_kernels()
     widths = {16: "AVX-512", 8: "AVX2", 4: "portable"}
-    native = None if library is None else widths[library.ens_scan_lanes()]
-    return {"cpu": f"native kernel ({native})" if native else f"chunked PyTorch path (native kernel {why_no_kernels()})",
+    native = f"native kernel ({widths[library.ens_scan_lanes()]})" if library is not None else ""
+    return {"cpu": native or f"chunked PyTorch path (native kernel {why_no_kernels()})",
             "cuda": "mamba-ssm" if _load_mamba_ssm() else "chunked PyTorch path (mamba-ssm not installed)"}

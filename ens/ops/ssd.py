@@ -284,5 +284,5 @@ def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | N
         raise ValueError(f"beside x {tuple(x.shape)}, dt is (B, L, H), A, D and dt_bias are (H); got dt "
                          f"{tuple(dt.shape)} and {shapes}")
     if B.ndim != 4 or B.shape != C.shape or B.shape[:2] != x.shape[:2] or 0 in B.shape or heads % B.shape[2]:
-        raise ValueError(f"B and C are (B, L, G, N) without empty axes, G dividing {heads} heads, beside x {tuple(x.shape)}; "
-                         f"got {tuple(B.shape)} and {tuple(C.shape)}")
+        raise ValueError(f"B and C are (B, L, G, N) without empty axes, G dividing {heads} heads, beside x "
+                         f"{tuple(x.shape)}; got {tuple(B.shape)} and {tuple(C.shape)}")

@@ -46,9 +46,9 @@ class _ScanCall(ctypes.Structure):
 class ScanInputs(NamedTuple):
     """u, delta, z (B, D, L); A (D, N); B, C (B, G, N, L); D, delta_bias (D); order (G, L).
 
-    Any strides. `order` may be of any integer type; every row is a permutation of the steps. `shared`: u is (B, D/G, L), read by every group in its own order;
-    `summed`: so are y and z, summed over the groups. Mamba-2: A (D, 1), all states decay alike, and delta (B, H, L),
-    D/H channels each.
+    Any strides, no empty axes. `order` is of any integer type, every row a permutation of the steps. `shared`: u is
+    (B, D/G, L), read by every group in its own order; `summed`: so are y and z, summed over the groups. Mamba-2: A
+    (D, 1), all states decay alike, and delta (B, H, L), D/H channels each.
     """
 
     u: Tensor
@@ -98,11 +98,12 @@ def _is_cut_off(path: Path) -> bool:
 
     The loader maps such a file and the process dies of a bus error, which nothing here could catch.
     """
-    content = path.read_bytes()
-    if content[:6] != b"\x7fELF\x02\x01":
+    with path.open("rb") as file:
+        header = file.read(64)
+    if header[:6] != b"\x7fELF\x02\x01":
         return False
-    table, count = int.from_bytes(content[40:48], "little"), int.from_bytes(content[60:62], "little")
-    return len(content) < table + 64 * count
+    table, count = int.from_bytes(header[40:48], "little"), int.from_bytes(header[60:62], "little")
+    return path.stat().st_size < table + 64 * count
 
 
 def like_output(inputs: ScanInputs) -> Tensor:
