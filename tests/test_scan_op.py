@@ -161,6 +161,100 @@ def test_nan_in_gives_nan_out_and_no_crash(lanes: int, name: str) -> None:
     assert any(grad.isnan().any() for grad in scan_backward(inputs, kept, torch.ones_like(y), None, lanes=lanes))
 
 
+LAYOUTS = {
+    "expanded": lambda m: m[:1].expand(m.shape),
+    "expanded over the steps": lambda m: m[..., :1].expand(m.shape),
+    "transposed": lambda m: m.transpose(0, -1).contiguous().transpose(0, -1),
+    "sliced": lambda m: m.repeat_interleave(2, -1).repeat_interleave(3, 0)[::3, ..., ::2] if m.ndim > 1
+    else m.repeat_interleave(2)[::2],
+    "lazily negated": lambda m: torch.complex(torch.zeros_like(m), -m).conj().imag,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "delta_bias", "order", "dy"])
+def test_strides_of_an_input_change_nothing_with_gradients(path: str, name: str, layout: str) -> None:
+    if name == "order" and layout in ("expanded over the steps", "lazily negated"):
+        return  # no permutations
+    inputs = directional()
+    dy = normal(2, 6, 45, seed=9)
+    given = LAYOUTS[layout](dy if name == "dy" else inputs[name])
+    if name == "dy":
+        dy = given
+    else:
+        inputs[name] = given
+    results = []
+    for scan in (selective_scan_directions, one_after_another):
+        leaves = {n: (m if scan is selective_scan_directions else m.clone(memory_format=torch.contiguous_format))
+                  .detach().requires_grad_(n != "order") for n, m in inputs.items()}
+        y = scan(**leaves)
+        y = y if scan is selective_scan_directions else y.unflatten(1, (4, -1)).sum(1)
+        results.append([y, *torch.autograd.grad(y, [m for n, m in leaves.items() if n != "order"], dy)])
+    for part, a, b in zip(("y", *inputs), *results, strict=False):
+        assert error(a, b) < 1e-4, part
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "sliced"])
+def test_orders_of_any_integer_type_and_layout_are_read_alike(path: str, dtype: torch.dtype, layout: str) -> None:
+    inputs = directional()
+    order = LAYOUTS[layout](inputs.pop("order"))
+    expected = selective_scan_directions(**inputs, order=order.contiguous().clone())
+    assert error(selective_scan_directions(**inputs, order=LAYOUTS[layout](order.to(dtype))), expected) < 1e-6
+
+
+@pytest.mark.parametrize("wrong", ["too large", "negative", "twice", "wraps around", "float", "bool", "one row"])
+def test_what_is_no_order_is_refused_in_one_sentence(path: str, wrong: str) -> None:
+    inputs = directional()
+    order = inputs["order"].clone()
+    if wrong in ("too large", "negative", "twice", "wraps around"):
+        order[1, 7] = {"too large": 45, "negative": -1, "twice": int(order[1, 8]), "wraps around": 2**32}[wrong]
+    else:
+        order = {"float": order.float(), "bool": order > 3, "one row": order[0]}[wrong]
+    with pytest.raises(ValueError, match="order"):
+        selective_scan_directions(**{**inputs, "order": order})
+
+
+@pytest.mark.parametrize("axis", ["batch", "inner", "width", "states"])
+def test_empty_axes_are_refused_by_the_operator_and_its_functions(path: str, axis: str) -> None:
+    size = {"batch": 2, "inner": 3, "width": 5, "states": 4, axis: 0}
+    inner, length = size["inner"], 2 * size["width"]
+    inputs = {"u": normal(size["batch"], inner, length), "delta": normal(size["batch"], 2 * inner, length),
+              "A": normal(2 * inner, size["states"]), "B": normal(size["batch"], 2, size["states"], length),
+              "C": normal(size["batch"], 2, size["states"], length), "D": normal(2 * inner)}
+    order = torch.arange(length).repeat(2, 1)
+    with pytest.raises(ValueError, match=r"empty axes|at least 1"):
+        selective_scan_directions(**inputs, delta_bias=normal(2 * inner), order=order)
+    if path == "kernel":
+        with pytest.raises(ValueError, match="empty axes"):
+            torch.ops.ens.selective_scan(*inputs.values(), None, None, order, True, True, True, True)
+
+
+@needs_kernel
+def test_nothing_that_does_not_fit_reaches_the_kernel() -> None:
+    u, A, B, order = normal(2, 6, 30), -torch.ones(6, 4), normal(2, 2, 4, 30), torch.arange(30).repeat(2, 1)
+    fits = ScanInputs(u, u.abs(), A, B, B, A[:, 0], None, None, order, False, False, False)
+    _, last, kept = scan_forward(fits, keep=True)
+    for wrong in (
+        {"u": u[:1]}, {"u": u.double()}, {"u": u[..., :29]}, {"delta": u[:, :4]}, {"delta": u[..., :29]},
+        {"A": A[:4]}, {"A": A[:, :3]}, {"A": A[0]}, {"B": B[:, :1]}, {"B": B.half()}, {"C": B[..., :29]}, {"C": B[:1]},
+        {"D": A[:, :1]}, {"D": A[:5, 0]}, {"z": u[:, :3]}, {"z": u[0]}, {"delta_bias": u[0, 0]}, {"u": u.to("meta")},
+        {"order": order[:1]}, {"order": order[:, :29]}, {"order": order.float()}, {"order": order + 1},
+        {"order": order // 2}, {"summed": True}, {"shared": True}, {"u": u[:, :3], "delta": u[:, :3], "shared": True},
+    ):
+        inputs = fits._replace(**wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError):
+            scan_forward(inputs, keep=True)
+        with pytest.raises(ValueError):
+            scan_backward(inputs, kept, u, None)
+    for checkpoints, dy, dlast in ((kept[:1], u, None), (kept.double(), u, None), (kept, u[:1], None),
+                                   (kept, u.double(), None), (kept, u, last[:1]), (kept, u, last.double())):
+        with pytest.raises(ValueError, match="float32"):
+            scan_backward(fits, checkpoints, dy, dlast)
+    with pytest.raises(ValueError, match="lanes"):
+        scan_forward(fits, keep=False, lanes=5)
+
+
 def op_arguments(*, keep: bool) -> tuple[object, ...]:
     inputs = directional()
     order = inputs.pop("order").to(torch.int32)

@@ -17,6 +17,12 @@ def test_order_is_a_permutation_and_its_inverse_undoes_it(name: str, size: tuple
     assert torch.equal(pixels[order][invert_order(order)], pixels)
 
 
+@pytest.mark.parametrize("order", [[0, 2], [0, -1], [1, 1], [0.0, 1.0], [False, True]])
+def test_what_is_no_permutation_has_no_inverse(order: list[float]) -> None:
+    with pytest.raises(ValueError, match="order"):
+        invert_order(torch.tensor(order))
+
+
 def test_column_order_reads_columns_of_a_non_square_image() -> None:
     assert scan_order("column", 2, 3).tolist() == [0, 3, 1, 4, 2, 5]
     assert scan_order("column_reversed", 2, 3).tolist() == [5, 2, 4, 1, 3, 0]

@@ -101,9 +101,19 @@ def test_large_steps_forget_instead_of_overflowing() -> None:
     assert y.isfinite().all() and error(y, truth) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scan", [selective_scan, selective_scan_loop])
+def test_complex_and_integer_input_is_refused(scan: object, name: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs()
+    inputs[name] = inputs[name].to(dtype)
+    with pytest.raises(ValueError, match=f"{name} is {dtype}"):
+        scan(**inputs)  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(("name", "shape"), [
-    ("u", (2, 6, 0)), ("u", (0, 6, 37)), ("u", (6, 37)), ("delta", (2, 6, 36)), ("A", (5, 4)), ("A", (6, 0)),
-    ("B", (2, 1, 3, 37)), ("B", (2, 4, 4, 37)), ("C", (2, 1, 4, 36)), ("C", (2, 2, 4, 37)), ("D", (1,)),
+    ("u", (2, 6, 0)), ("u", (0, 6, 37)), ("u", (2, 0, 37)), ("u", (6, 37)), ("delta", (2, 6, 36)), ("A", (5, 4)),
+    ("A", (6, 0)), ("B", (2, 1, 3, 37)), ("B", (2, 4, 4, 37)), ("C", (2, 1, 4, 36)), ("C", (2, 2, 4, 37)), ("D", (1,)),
     ("z", (2, 6)), ("delta_bias", (6, 1)),
 ])
 def test_wrong_shapes_raise_and_name_the_argument(name: str, shape: tuple[int, ...]) -> None:

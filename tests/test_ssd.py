@@ -108,10 +108,76 @@ def test_nan_in_gives_nan_out() -> None:
 
 @pytest.mark.parametrize(("name", "shape"), [
     ("x", (2, 0, 4, 3)), ("dt", (2, 40, 3)), ("A", (3,)), ("B", (2, 40, 3, 5)), ("C", (2, 40, 1, 4)), ("D", (1,)),
+    ("dt_bias", (2, 40, 4)),
 ])
 def test_wrong_shapes_raise(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="got"):
         ssd(**{**make_inputs(), name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32])
+@pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "D"])
+def test_complex_and_integer_input_is_refused(name: str, dtype: torch.dtype) -> None:
+    inputs = {key: m.float() for key, m in make_inputs().items()}
+    inputs[name] = inputs[name].to(dtype)
+    for scan in (ssd, ssd_loop):
+        with pytest.raises(ValueError, match=f"{name} is {dtype}"):
+            scan(**inputs)
+    rows = {"x": torch.ones(1, 2, 3, 4, 5), "dt": torch.ones(1, 2, 4, 5), "A": -torch.ones(2),
+            "B": torch.ones(1, 6, 4, 5), "C": torch.ones(1, 6, 4, 5), "D": torch.ones(2)}
+    rows[name] = rows[name].to(dtype)
+    with pytest.raises(ValueError, match=f"{name} is {dtype}"):
+        ssd_rows(**rows)
+
+
+def test_noncausal_refuses_complex_input() -> None:
+    x, weight, B = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 4), torch.ones(1, 5, 4)
+    with pytest.raises(ValueError, match="B is torch"):
+        ssd_noncausal(x, weight, B.to(torch.complex64), B)
+
+
+@pytest.mark.parametrize("axis", ["batch", "length", "heads", "width", "groups", "states"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_empty_axes_are_refused_as_by_the_loop(axis: str, dtype: torch.dtype) -> None:
+    inputs = {name: m.to(dtype) for name, m in make_inputs(**{axis: 0}).items()}
+    for scan in (ssd, ssd_loop):
+        with pytest.raises(ValueError, match="empty axes"):
+            scan(**inputs)
+
+
+@pytest.mark.parametrize("axis", range(5))
+def test_empty_axes_of_rows_are_refused(axis: int) -> None:
+    size = [0 if i == axis else i + 1 for i in range(5)]
+    x, dt, A = torch.ones(size), torch.ones(*size[:2], *size[3:]), torch.ones(size[1])
+    B = torch.ones(size[0], 2, *size[3:])
+    with pytest.raises(ValueError, match="empty axes"):
+        ssd_rows(x, dt, A, B, B, A)
+    with pytest.raises(ValueError, match="empty axes"):
+        ssd_rows(torch.ones(1, 2, 3, 4, 5), torch.ones(1, 2, 4, 5), torch.ones(2), torch.ones(1, 0, 4, 5),
+                 torch.ones(1, 0, 4, 5), torch.ones(2))
+
+
+STRIDES = {
+    "expanded": lambda m: m[..., :1].expand(m.shape),
+    "expanded over the batch": lambda m: m[:1].expand(m.shape),
+    "transposed": lambda m: m.transpose(0, -1).contiguous().transpose(0, -1),
+    "sliced": lambda m: m.repeat_interleave(2, 0)[::2],
+}
+
+
+@pytest.mark.parametrize("layout", STRIDES)
+@pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "D"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_strides_of_an_input_change_nothing_with_gradients(name: str, layout: str, reverse: bool) -> None:
+    inputs = {key: m.float() for key, m in make_inputs().items()}
+    inputs[name] = STRIDES[layout](inputs[name])
+    results = []
+    for scan, arguments in ((ssd, inputs), (ssd_loop, {key: m.contiguous().double() for key, m in inputs.items()})):
+        leaves = {key: m.detach().requires_grad_() for key, m in arguments.items()}
+        y = scan(**leaves, reverse=reverse)
+        results.append([y, *torch.autograd.grad(y.sum(), list(leaves.values()))])  # an expanded gradient
+    for a, b in zip(*results, strict=True):
+        assert float((a.detach().double() - b.detach()).norm()) <= 1e-4 * float(b.detach().norm())
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,4 +1,9 @@
-"""What a network costs, counted from its operators on shapes alone: nothing is timed, nothing is computed."""
+"""What a network costs, counted from its operators on shapes alone: nothing is timed, nothing is computed.
+
+Multiply-adds are those of convolutions and matrix products, and of every scan by one formula (`ens.ops.scan_op`,
+`scan_flops`): VMamba's (9·N + 1) operations a step and channel, half as many multiply-adds. `ssd` counts as the
+recurrence it is, by the same formula in each direction, whatever form of it runs.
+"""
 
 from __future__ import annotations
 
@@ -56,19 +61,34 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def count_cost(module: nn.Module, shape: tuple[int, ...]) -> Cost:
-    """Cost of one pass over an input of this shape (B, C, H, W), without gradients."""
-    shadow = copy.deepcopy(module).to("meta").eval()
+    """Cost of one pass over an input of this shape (B, C, H, W), without gradients; no weight is read or copied."""
+    shadow = _copy_shapes(module).eval()
     counter, bytes_ = FlopCounterMode(display=False), _LiveBytes()
     with torch.no_grad(), counter, bytes_:
-        image = torch.empty(shape, device="meta")
-        shadow(image)
-    return Cost(sum(p.numel() for p in module.parameters()), counter.get_total_flops() // 2, bytes_.peak)
+        shadow(_image_for(shadow, shape))
+    return Cost(_count_params(module), counter.get_total_flops() // 2, bytes_.peak)
+
+
+def _copy_shapes(module: nn.Module) -> Any:
+    """The module with its parameters and buffers on the meta device; the module itself stays as it is."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        shape = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
+    return copy.deepcopy(module, memo)  # what is in the memo counts as copied already
+
+
+def _image_for(shadow: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """An input of the precision the module computes in."""
+    dtypes = (p.dtype for p in shadow.parameters() if p.is_floating_point())
+    return torch.empty(shape, device="meta", dtype=next(dtypes, torch.float32))
 
 
 class CostTable:
     """Costs of every genotype of a space as sums: what the slots do not touch, plus one entry a slot.
 
-    `entries` are (parameters, MACs) of every choice of every slot, in slot order.
+    `entries` are (parameters, operations) of every choice of every slot, in slot order; two operations are a
+    multiply-add. Operations, because halves of odd numbers would not add up.
     """
 
     def __init__(self, *, rest: tuple[int, int], entries: Sequence[Sequence[tuple[int, int]]]) -> None:
@@ -79,31 +99,65 @@ class CostTable:
         """`params` and `macs` of one genotype."""
         chosen = [self._entries[slot][index] for slot, index in enumerate(genotype)]
         return {"params": float(self._rest[0] + sum(params for params, _ in chosen)),
-                "macs": float(self._rest[1] + sum(macs for _, macs in chosen))}
+                "macs": float((self._rest[1] + sum(operations for _, operations in chosen)) // 2)}
 
     def range(self, name: str) -> tuple[float, float]:
         """Smallest and largest `params` or `macs` of any genotype."""
         index = ("params", "macs").index(name)
-        return (float(self._rest[index] + sum(min(entry[index] for entry in row) for row in self._entries)),
-                float(self._rest[index] + sum(max(entry[index] for entry in row) for row in self._entries)))
+        ends = (self._rest[index] + sum(end(entry[index] for entry in row) for row in self._entries)
+                for end in (min, max))
+        smallest, largest = (float(end if name == "params" else end // 2) for end in ends)
+        return smallest, largest
 
 
 def build_cost_table(network: Network, space: SearchSpace, *, height: int = 256, width: int = 256) -> CostTable:
-    """Count every choice of every slot once, for an image of this size."""
-    total = count_cost(network, (1, network.in_channels, height, width))
-    rest = (total.params, total.macs)
+    """Count every choice of every slot once, for an image of this size: on the maps that really reach the slot, which
+    are larger where the image has to be padded to a multiple of the network's.
+    """
+    specs = [network.slot(slot.name) for slot in space.slots]
+    total, own = _count_slots(network, specs, (1, network.in_channels, height, width))
+    rest = (_count_params(network), total)
     entries: list[list[tuple[int, int]]] = []
-    known: dict[tuple[SlotSpec, Choice], Cost] = {}
-    for slot in space.slots:
-        spec = network.slot(slot.name)
-        shape = (1, spec.channels, height // spec.downscale, width // spec.downscale)
-        own = count_cost(network.get_submodule(spec.module), shape)
-        rest = (rest[0] - own.params, rest[1] - own.macs)
-        entries.append([(own.params, own.macs)])
+    known: dict[tuple[SlotSpec, Choice, tuple[int, ...]], tuple[int, int]] = {}
+    for slot, spec in zip(space.slots, specs, strict=True):
+        shape, operations = own[slot.name]
+        entries.append([(_count_params(network.get_submodule(spec.module)), operations)])
+        rest = (rest[0] - entries[-1][0][0], rest[1] - operations)
         for choice in slot.choices[1:]:
-            alike = (replace(spec, name="", module="", depth=0), choice)  # stages of one shape are counted once
+            alike = (replace(spec, name="", module="", depth=0), choice, shape)  # stages of one shape are counted once
             if alike not in known:
                 with torch.device("meta"):  # sizes are all that counts, so no time goes into random weights
-                    known[alike] = count_cost(create_filling(spec, choice), shape)
-            entries[-1].append((known[alike].params, known[alike].macs))
+                    blocks = create_filling(spec, choice).eval()
+                known[alike] = (_count_params(blocks), _count_operations(blocks, shape))
+            entries[-1].append(known[alike])
     return CostTable(rest=rest, entries=entries)
+
+
+def _count_params(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _count_operations(shadow: nn.Module, shape: tuple[int, ...]) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shadow(_image_for(shadow, shape))
+    return counter.get_total_flops()
+
+
+def _count_slots(network: Network, specs: Sequence[SlotSpec],
+                 shape: tuple[int, ...]) -> tuple[int, dict[str, tuple[tuple[int, ...], int]]]:
+    """Operations of one pass, and by slot the shape of its input and its own operations."""
+    shadow, counter = _copy_shapes(network).eval(), FlopCounterMode(display=False)
+    found: dict[str, tuple[tuple[int, ...], int]] = {}
+    for spec in specs:
+        def enter(module: nn.Module, inputs: tuple[Tensor, ...], name: str = spec.name) -> None:
+            found[name] = (tuple(inputs[0].shape), counter.get_total_flops())
+
+        def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = spec.name) -> None:
+            found[name] = (found[name][0], counter.get_total_flops() - found[name][1])
+
+        module = shadow.get_submodule(spec.module)
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+    with torch.no_grad(), counter:
+        shadow(_image_for(shadow, shape))
+    return counter.get_total_flops(), found

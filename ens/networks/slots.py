@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
-from ens.networks.steps import Network, block_slots
+from ens.blocks import FAMILIES
+from ens.networks.steps import Network, SlotSpec, block_slots, check_depth
 from ens.space import Choice, SearchSpace, Slot
 
 GRANULARITIES = ("stage", "block")
 
 
 def build_space(name: str, network: Network, *, granularity: str = "stage", choices: Sequence[Choice] = (),
-                slots: Mapping[str, Sequence[Choice]] | None = None, penalty_teacher: float = 2.0,
-                penalty_per_block: float = 0.1) -> SearchSpace:
+                slots: Mapping[str, Sequence[Choice]] | None = None,
+                penalty_teacher: float = SearchSpace.penalty_teacher,
+                penalty_per_block: float = SearchSpace.penalty_per_block,
+                transformers: Sequence[str] = SearchSpace.transformers) -> SearchSpace:
     """Slots in execution order, the teacher's choice first in each.
 
     `slots` names slots (stages, or blocks as `stage.index`) with the surrogates of each; without it every slot of the
-    granularity offers `choices`. Raises ValueError for a slot the network lacks, listing those it has.
+    granularity offers `choices`. The prices are `SearchSpace`'s. Raises ValueError for a slot the network lacks, for
+    slots of which one lies in another, and for a granularity, family or depth that there is not.
     """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"{name}: no granularity {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
     stages, blocks = list(network.slots), block_slots(network.slots)
     known = {spec.name: spec for spec in (*stages, *blocks)}
     offered = slots or {spec.name: choices for spec in (stages if granularity == "stage" else blocks)}
     for slot in offered:
         if slot not in known:
             raise ValueError(f"{name}: no slot {slot!r}; the network has {', '.join(known)}")
+    families = (*FAMILIES, *sorted({spec.family for spec in stages} - set(FAMILIES)))
+    for family in transformers:
+        if family not in families:
+            raise ValueError(f"{name}: no block family {family!r} to price as a transformer; allowed: "
+                             f"{', '.join(families)}")
+    _check_apart(name, [known[slot] for slot in offered])
     order = {slot: (network.slot_step(slot), index) for index, slot in enumerate(known)}
     filled = []
     for slot in sorted(offered, key=lambda slot: order[slot]):
         own = Choice(known[slot].family, known[slot].depth, teacher=True)
         # A choice listed for every slot may be what this slot's teacher already is.
         filled.append(Slot(slot, (own, *(choice for choice in offered[slot] if choice.label != own.label))))
-    return SearchSpace(name, tuple(filled), penalty_teacher, penalty_per_block)
+        for choice in filled[-1].choices[1:]:
+            check_depth(slot, choice)
+    return SearchSpace(name, tuple(filled), penalty_teacher, penalty_per_block, tuple(transformers))
+
+
+def _check_apart(name: str, specs: Sequence[SlotSpec]) -> None:
+    """Raise ValueError where one slot lies in another: filling both is not defined, and their costs do not add up."""
+    for outer, inner in itertools.permutations(specs, 2):
+        if inner.module == outer.module or inner.module.startswith(f"{outer.module}."):
+            raise ValueError(f"{name}: slot {inner.name!r} lies in slot {outer.name!r}; a space may have one of them")

@@ -148,11 +148,23 @@ def block_slots(stages: Sequence[SlotSpec]) -> list[SlotSpec]:
             for stage in stages for i in range(stage.depth)]
 
 
+MAX_DEPTH = 256
+"""Blocks of one choice: far above any published stage, far below what would fill a memory."""
+
+
+def check_depth(slot: str, choice: Choice) -> None:
+    """Raise ValueError for a choice of no block, or of more than anybody can mean."""
+    if not 1 <= choice.depth <= MAX_DEPTH:
+        raise ValueError(f"slot {slot}: {choice.label} has a depth of {choice.depth}; allowed: 1 to {MAX_DEPTH}")
+
+
 def create_filling(spec: SlotSpec, choice: Choice) -> nn.Sequential:
     """The blocks of a choice for this slot, randomly initialised.
 
-    A choice of the teacher's own family takes the options the network was built with, unless it says others.
+    A choice of the teacher's own family takes the options the network was built with, unless it says others. Raises
+    ValueError for a depth outside 1 to MAX_DEPTH, and what `create_stack` raises.
     """
+    check_depth(spec.name, choice)
     own = dict(spec.options) if choice.family == spec.family else {}
     return create_stack(choice.family, spec.channels, choice.depth, heads=spec.heads,
                         options={**own, **dict(choice.options)})

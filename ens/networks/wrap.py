@@ -27,6 +27,7 @@ class WrappedNetwork(Network):
                              f"{', '.join(_WRAPPED) or 'none'}); call wrap_network with it before its files are opened")
         original = _WRAPPED[wrapped_as]
         self.wrapped: nn.Module = copy.deepcopy(original.wrapped)
+        self.training = original.training  # of this module alone: those below have a mode of their own each
         self.steps, self.slots, self.size_multiple = original.steps, original.slots, original.size_multiple
         self.upscale, self.in_channels = original.upscale, original.in_channels
         self.recipe = ("wrapped", {"wrapped_as": wrapped_as})
@@ -38,13 +39,14 @@ def wrap_network(module: nn.Module, *, slots: Sequence[str], name: str, in_chann
 
     `slots` are dotted names of submodules, each called once a pass with one (B, C, H, W) tensor and returning that
     shape; their channels and scale are found by one pass over a `probe_px` image. `name` stands in the files a run
-    writes. H and W of what the module sees are multiples of `size_multiple`. The module is copied. A plain
-    nn.Sequential runs child by child, so a search shares prefixes; any other module runs as a whole. Raises
-    ValueError saying which slot does not fit.
+    writes. H and W of what the module sees are multiples of `size_multiple`. The module is copied as it is:
+    precision, device, and train or eval mode of every part. A plain nn.Sequential runs child by child, so a search
+    shares prefixes; any other module runs as a whole. Raises ValueError saying which slot does not fit.
     """
     network = WrappedNetwork.__new__(WrappedNetwork)
     nn.Module.__init__(network)
     network.wrapped = copy.deepcopy(module)
+    network.training = module.training
     network.in_channels, network.upscale, network.size_multiple = in_channels, upscale, size_multiple
     network.steps = (Step("wrapped"),)
     if type(module) is nn.Sequential:
@@ -61,18 +63,25 @@ def _probe_slots(network: WrappedNetwork, names: Sequence[str], probe_px: int) -
     unknown = [name for name in names if name not in known or not name]
     if unknown or not names:
         raise ValueError(f"slots {unknown or 'are empty'}: the module has {', '.join(filter(None, known))}")
-    image = torch.zeros(1, network.in_channels, probe_px, probe_px)
+    image = _image_like(network.wrapped, (1, network.in_channels, probe_px, probe_px))
     calls = _record_calls(network, image, {name: known[name] for name in names})
     found = {name: [shapes for called, shapes in calls if called == name] for name in names}
     for name, passes in found.items():
         if len(passes) != 1:
             raise ValueError(f"slot {name!r} is called {len(passes)} times in a pass; it must be called once")
         given, returned = passes[0]
-        if given != returned or len(given) != 4 or probe_px % given[2] or probe_px % given[3]:
-            raise ValueError(f"slot {name!r} maps {given} to {returned}; it must keep a (B, C, H, W) shape whose sides "
-                             f"divide {probe_px}")
+        if given != returned or len(given) != 4 or given[2] != given[3] or probe_px % given[2]:
+            raise ValueError(f"slot {name!r} maps {given} to {returned}; it must keep a (B, C, H, W) shape, square for "
+                             f"a square image, whose sides divide {probe_px}")
     return tuple(SlotSpec(name, f"wrapped.{name}", given[1], probe_px // given[2], 1, "own", single=True)
                  for name, (given, _) in calls)
+
+
+def _image_like(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """A black image of the precision and on the device that the module computes in."""
+    floats = (m for m in (*module.parameters(), *module.buffers()) if m.is_floating_point())
+    like = next(floats, torch.zeros(0))
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
@@ -90,12 +99,13 @@ def _record_calls(network: Network, image: Tensor, modules: dict[str, nn.Module]
         return hook
 
     handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
-    training = network.training
+    modes = [(module, module.training) for module in network.modules()]
     try:
         with torch.no_grad():
             output = network.eval().restore(image)
     finally:
-        network.train(training)
+        for module, training in modes:
+            module.training = training  # one by one: parts may differ, a frozen BatchNorm for instance
         for handle in handles:
             handle.remove()
     side = image.shape[-1] * network.upscale

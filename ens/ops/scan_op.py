@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from ens.ops.native import ScanInputs, checkpoint_shape, like_output, load_kernels, scan_backward, scan_forward
+from ens.ops.native import (
+    ScanInputs,
+    checkpoint_shape,
+    like_output,
+    load_kernels,
+    scan_backward,
+    scan_forward,
+    why_no_kernels,
+)
 from ens.ops.scan_order import invert_order
 
 HAS_KERNEL = load_kernels() is not None
@@ -25,14 +33,20 @@ HAS_KERNEL = load_kernels() is not None
 
 @functools.cache
 def _warn_about_the_slow_path() -> None:
-    warnings.warn("the native scan kernel is not built (no C++ compiler when ens was installed), so selective scans "
-                  "take the chunked PyTorch path, more than ten times slower; install a compiler and reinstall ens",
-                  RuntimeWarning, stacklevel=5)
+    warnings.warn(f"the native scan kernel {why_no_kernels()}, so scans run as PyTorch operators, selective scans more "
+                  "than ten times slower; install a C++ compiler and reinstall ens", RuntimeWarning, stacklevel=4)
 
 
 def uses_kernel(u: Tensor) -> bool:
-    """Whether a scan of u runs in the native kernel: float32 on the CPU, kernel built."""
-    return HAS_KERNEL and u.device.type in ("cpu", "meta") and u.dtype == torch.float32
+    """Whether a scan of u runs in the native kernel: float32 on the CPU, kernel built; says once why there is none.
+
+    On the meta device every scan is the kernel's: what is counted there must not depend on the machine.
+    """
+    if u.is_meta or u.device.type != "cpu" or u.dtype != torch.float32:
+        return u.is_meta
+    if not HAS_KERNEL and not torch.compiler.is_compiling():
+        _warn_about_the_slow_path()
+    return HAS_KERNEL
 
 
 @torch.library.custom_op("ens::selective_scan", mutates_args=())
@@ -43,8 +57,6 @@ def scan_op(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, shared, summed, delta_softplus)
     if uses_kernel(u):
         return scan_forward(inputs, keep=keep)
-    if u.device.type == "cpu" and u.dtype == torch.float32:
-        _warn_about_the_slow_path()
     y, last = scan_chunked(inputs)
     return torch.empty_like(like_output(inputs)).copy_(y), last, u.new_empty(0)
 
@@ -148,10 +160,11 @@ def _scan_with(scan: Callable[..., tuple[Tensor, Tensor]], inputs: ScanInputs) -
     if order is None:
         y, last = scan(grouped, steps, A, B, C)
     else:
+        back = [invert_order(row) for row in order]  # first, because it refuses what is no permutation
         index = order.long()
         ordered = [torch.stack([m[:, g][..., index[g]] for g in range(groups)], 1) for m in (grouped, steps, B, C)]
         y, last = scan(ordered[0], ordered[1], A, ordered[2], ordered[3])
-        y = torch.stack([y[:, g][..., invert_order(index[g])] for g in range(groups)], 1)
+        y = torch.stack([y[:, g][..., back[g]] for g in range(groups)], 1)
     if D is not None:
         y = y + grouped * D.view(groups, -1, 1)
     y = y.sum(1) if summed else y.flatten(1, 2)

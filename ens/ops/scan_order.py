@@ -24,6 +24,8 @@ def column_order(height: int, width: int) -> Tensor:
 
 ORDERS: dict[str, Callable[[int, int], Tensor]] = {"row": row_order, "column": column_order}
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 FOUR_DIRECTIONS = ("row", "column", "row_reversed", "column_reversed")
 """VMamba's order of the four directions (arXiv 2401.10166)."""
 
@@ -42,10 +44,34 @@ def scan_order(name: str, height: int, width: int) -> Tensor:
     return order if base == name else order.flip(0)
 
 
+def check_order(order: Tensor) -> None:
+    """Raise ValueError unless every row of an integer (…, L) tensor is a permutation of 0 to L - 1.
+
+    While PyTorch traces there are no values, so only the type is looked at.
+    """
+    if order.ndim == 0 or order.dtype not in _INTEGERS:
+        raise ValueError(f"an order holds integers, L a row, got {order.dtype} of shape {tuple(order.shape)}")
+    if torch.compiler.is_compiling() or order.is_meta or order.numel() == 0:
+        return
+    low, high = (int(value) for value in order.aminmax())
+    last = order.shape[-1] - 1
+    if low < 0 or high > last:
+        raise ValueError(f"every row of an order is a permutation of 0 to {last}, got numbers from {low} to {high}")
+    # Not by sorting: this stands before every scan.
+    seen = torch.zeros(order.shape, dtype=torch.uint8, device=order.device).scatter_(-1, order.long(), 1)
+    if not seen.all():
+        raise ValueError(f"every row of an order is a permutation of 0 to {last}, got a row without "
+                         f"{int((seen == 0).nonzero()[0, -1])}")
+
+
 def invert_order(order: Tensor) -> Tensor:
-    """The permutation that undoes `order`: `x[..., order][..., invert_order(order)]` is x."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
+    """The int64 permutation that undoes `order`: `x[..., order][..., invert_order(order)]` is x.
+
+    Raises ValueError for what is no permutation.
+    """
+    check_order(order)
+    inverse = torch.empty(order.shape, dtype=torch.int64, device=order.device)
+    inverse[order.long()] = torch.arange(order.numel(), device=order.device)
     return inverse
 
 

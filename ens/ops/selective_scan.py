@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ens.ops.native import ScanInputs, load_kernels
+from ens.ops.checks import check_real
+from ens.ops.native import ScanInputs, load_kernels, why_no_kernels
 from ens.ops.scan_op import scan_chunked, scan_for_export, scan_op, uses_kernel
 from ens.ops.scan_order import invert_order
 
@@ -27,7 +28,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
     u and delta (B, D, L), A (D, N) negative, B and C (B, N, L) or (B, G, N, L), D and delta_bias (D), z (B, D, L) ->
     y (B, D, L) in u's dtype, and the last state (B, D, N) on request. float16 and bfloat16 input is accepted. NaN in
-    gives NaN out. Raises ValueError for shapes that do not fit, zero length included.
+    gives NaN out. Raises ValueError for shapes that do not fit, empty axes included, and for complex or integer input.
     """
     given = _check(u, delta, A, B, C, D, z, delta_bias)
     y, last = _run(given, delta_softplus=delta_softplus)
@@ -41,20 +42,22 @@ def selective_scan_directions(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C:
     u (B, E, L) in pixel order, delta (B, G·E, L) direction-major, A (G·E, N), B and C (B, G, N, L), D and delta_bias
     (G·E), order (G, L) with a permutation of the pixels in every row (`scan_order`) -> the sum of the scans (B, E, L),
     or each of them (B, G·E, L) without `merge`, in pixel order. The kernel reads and writes through `order`, fastest
-    where the channels are innermost in memory (channels-last). Raises ValueError for shapes that do not fit.
+    where the channels are innermost in memory (channels-last). Raises ValueError for shapes that do not fit, and for
+    an order that is no permutation.
     """
     if order.ndim != 2 or B.ndim != 4 or order.shape != (B.shape[1], B.shape[3]):
         raise ValueError(f"order is (G, L) and B (B, G, N, L), got {tuple(order.shape)} and {tuple(B.shape)}")
     groups = order.shape[0]
     given = _check(u, delta, A, B, C, D, None, delta_bias, directions=groups)
     if cuda_scan(u) is None:
-        return _run(given, delta_softplus=True, order=order.to(torch.int32), merge=merge)[0]
-    ordered = [torch.stack([m[:, g][..., index] for g, index in enumerate(order)], 1) for m in
+        return _run(given, delta_softplus=True, order=order, merge=merge)[0]
+    back = [invert_order(index) for index in order]  # first, because it refuses what is no permutation
+    ordered = [torch.stack([m[:, g][..., index] for g, index in enumerate(order.long())], 1) for m in
                (u[:, None].expand(-1, groups, -1, -1), delta.unflatten(1, (groups, -1)), B, C)]
     y, _ = _run(_Inputs(ordered[0].flatten(1, 2), ordered[1].flatten(1, 2), A, ordered[2], ordered[3], D, None,
                         delta_bias), delta_softplus=True)
     parts = y.unflatten(1, (groups, -1))
-    parts = torch.stack([parts[:, g][..., invert_order(index)] for g, index in enumerate(order)], 1)
+    parts = torch.stack([parts[:, g][..., index] for g, index in enumerate(back)], 1)
     return parts.sum(1) if merge else parts.flatten(1, 2)
 
 
@@ -96,6 +99,8 @@ class _Inputs(NamedTuple):
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
            delta_bias: Tensor | None, *, directions: int = 1) -> _Inputs:
     """`directions` groups share u, which then has D / directions channels."""
+    check_real("selective_scan", {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z,
+                                  "delta_bias": delta_bias})
     if u.ndim != 3 or 0 in u.shape:
         raise ValueError(f"u is (B, D, L) without empty axes, got {tuple(u.shape)}")
     batch, channels, length = u.shape[0], u.shape[1] * directions, u.shape[2]
@@ -131,8 +136,6 @@ def _run(given: _Inputs, *, delta_softplus: bool, order: Tensor | None = None,
     if fused is not None and order is None:
         return fused(*given, delta_softplus, True)
     u, delta, A, B, C, D, z, delta_bias = _to_state_dtype(given)
-    A = A.contiguous()
-    D, delta_bias = (m if m is None else m.contiguous() for m in (D, delta_bias))
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, order, order is not None, merge, delta_softplus)
     if torch.compiler.is_exporting():
         y, last = scan_for_export(inputs)
@@ -162,6 +165,6 @@ def scan_backends() -> dict[str, str]:
     """What a selective scan runs in on each device, for people to read."""
     library = load_kernels()
     widths = {16: "AVX-512", 8: "AVX2", 4: "portable"}
-    native = None if library is None else widths[library.ens_scan_lanes()]
-    return {"cpu": f"native kernel ({native})" if native else "chunked PyTorch path (native kernel not built)",
+    native = f"native kernel ({widths[library.ens_scan_lanes()]})" if library is not None else ""
+    return {"cpu": native or f"chunked PyTorch path (native kernel {why_no_kernels()})",
             "cuda": "mamba-ssm" if _load_mamba_ssm() else "chunked PyTorch path (mamba-ssm not installed)"}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ens.ops.checks import check_real
 from ens.ops.scan_op import scan_op, uses_kernel
 
 
@@ -25,9 +26,9 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int 
     x (B, L, H, P), dt (B, L, H) positive (or `dt_softplus`), A (H) negative, B and C (B, L, G, N), D (H) ->
     (B, L, H, P) in x's dtype; half-precision input is computed in float32. `reverse` runs the recurrence from the
     last step to the first. `chunk_size` concerns mamba-ssm and the chunked form only. Raises ValueError for shapes that
-    do not fit, zero length included.
+    do not fit, empty axes included, and for complex or integer input.
     """
-    _check(x, dt, A, B, C, D)
+    _check(x, dt, A, B, C, D, dt_bias)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -38,7 +39,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int 
     fused = _load_mamba_ssm() if x.is_cuda and x.dtype != torch.float64 else None
     if fused is not None:
         return _ssd_cuda(fused, x, dt, A, B, C, chunk_size, D, reverse=reverse)
-    if x.device.type == "cpu" and uses_kernel(dt) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and uses_kernel(dt):
         return _ssd_kernel(x.to(dtype), dt, A, B, C, D, reverse=reverse).to(x.dtype)
     return ssd_chunked(x.to(dtype), dt, A, B, C, chunk_size, D, reverse=reverse).to(x.dtype)
 
@@ -49,7 +50,11 @@ def ssd_rows(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     Steps last: x (B, H, P, R, L), dt (B, H, R, L) positive, A and D (H), B and C (B, N, R, L) -> like x. Compiled,
     exported, and where nothing faster runs it is matrix products in the edge operator contract, rank 5 at most.
     """
-    if x.ndim != 5 or dt.shape != (*x.shape[:2], *x.shape[3:]) or A.shape != (x.shape[1],) or D.shape != A.shape:
+    check_real("ssd_rows", {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D})
+    if x.ndim != 5 or 0 in (*x.shape, *B.shape):
+        raise ValueError(f"x is (B, H, P, R, L) and B (B, N, R, L) without empty axes, got {tuple(x.shape)} and "
+                         f"{tuple(B.shape)}")
+    if dt.shape != (*x.shape[:2], *x.shape[3:]) or A.shape != (x.shape[1],) or D.shape != A.shape:
         raise ValueError(f"x is (B, H, P, R, L), dt (B, H, R, L), A and D (H), got {tuple(x.shape)}, "
                          f"{tuple(dt.shape)}, {tuple(A.shape)} and {tuple(D.shape)}")
     if B.ndim != 4 or B.shape != C.shape or (B.shape[0], *B.shape[2:]) != (x.shape[0], *x.shape[3:]):
@@ -109,7 +114,9 @@ def _between(size: int) -> Tensor:
 def _ssd_kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, *, reverse: bool) -> Tensor:
     """The selective scan of H·P channels whose states all decay alike."""
     groups, length, width = B.shape[2], x.shape[1], x.shape[3]
-    order = torch.arange(length - 1, -1, -1, dtype=torch.int32).repeat(groups, 1) if reverse else None
+    order = None
+    if reverse:
+        order = torch.arange(length - 1, -1, -1, device=x.device).repeat(groups, 1)
     given = (x, dt, A, B, C, D)
     y, _, _ = scan_op(
         x.flatten(2).transpose(1, 2), dt.transpose(1, 2), A.repeat_interleave(width)[:, None], B.permute(0, 2, 3, 1),
@@ -256,6 +263,7 @@ def ssd_noncausal(x: Tensor, weight: Tensor, B: Tensor, C: Tensor) -> Tensor:
     Steps last, as an image has them: x (B, H, P, L), weight (B, H, L), B and C (B, N, L) -> (B, H, P, L). The
     weight says how much a step writes into the state of its head; without decay there is no order.
     """
+    check_real("ssd_noncausal", {"x": x, "weight": weight, "B": B, "C": C})
     if x.ndim != 4 or weight.shape != (x.shape[0], x.shape[1], x.shape[3]):
         raise ValueError(f"x is (B, H, P, L) and weight (B, H, L), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if B.ndim != 3 or B.shape != C.shape or B.shape[::2] != x.shape[::3]:
@@ -265,13 +273,16 @@ def ssd_noncausal(x: Tensor, weight: Tensor, B: Tensor, C: Tensor) -> Tensor:
     return (state_BQN @ C).view(x.shape)
 
 
-def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> None:
-    if x.ndim != 4 or x.shape[1] == 0:
-        raise ValueError(f"x is (B, L, H, P) with L at least 1, got {tuple(x.shape)}")
+def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+           dt_bias: Tensor | None = None) -> None:
+    check_real("ssd", {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias})
+    if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f"x is (B, L, H, P) without empty axes, got {tuple(x.shape)}")
     heads = x.shape[2]
-    if dt.shape != x.shape[:3] or A.shape != (heads,) or (D is not None and D.shape != (heads,)):
-        raise ValueError(f"beside x {tuple(x.shape)}, dt is (B, L, H), A and D are (H); got dt {tuple(dt.shape)}, "
-                         f"A {tuple(A.shape)}, D {None if D is None else tuple(D.shape)}")
-    if B.ndim != 4 or B.shape != C.shape or B.shape[:2] != x.shape[:2] or heads % max(B.shape[2], 1):
-        raise ValueError(f"B and C are (B, L, G, N), G dividing {heads} heads, beside x {tuple(x.shape)}; "
-                         f"got {tuple(B.shape)} and {tuple(C.shape)}")
+    if dt.shape != x.shape[:3] or any(m is not None and m.shape != (heads,) for m in (A, D, dt_bias)):
+        shapes = [None if m is None else tuple(m.shape) for m in (A, D, dt_bias)]
+        raise ValueError(f"beside x {tuple(x.shape)}, dt is (B, L, H), A, D and dt_bias are (H); got dt "
+                         f"{tuple(dt.shape)} and {shapes}")
+    if B.ndim != 4 or B.shape != C.shape or B.shape[:2] != x.shape[:2] or 0 in B.shape or heads % B.shape[2]:
+        raise ValueError(f"B and C are (B, L, G, N) without empty axes, G dividing {heads} heads, beside x "
+                         f"{tuple(x.shape)}; got {tuple(B.shape)} and {tuple(C.shape)}")

@@ -121,6 +121,7 @@ int dispatch(const ScanCall& call, Kernel portable, Kernel avx2, Kernel avx512) 
 
 }  // namespace
 
+int64_t ens_scan_call_bytes() { return sizeof(ScanCall); }
 int64_t ens_scan_chunk() { return kChunk; }
 int64_t ens_scan_lanes() { return widest_lanes(); }
 

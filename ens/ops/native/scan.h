@@ -32,6 +32,7 @@ struct ScanCall {
     int64_t splits;                // parts the channels of a group are divided into
 };
 
+int64_t ens_scan_call_bytes();              // size of ScanCall: whether caller and kernel speak of the same one
 int64_t ens_scan_chunk();                   // steps between checkpoints
 int64_t ens_scan_lanes();                   // widest vector this machine runs, in floats
 int ens_scan_forward(const ScanCall* call);   // 0, or 1 when memory ran out

@@ -122,8 +122,8 @@ FN void forward(const ScanCall& call, const Unit& unit) {
 // Sums over lanes of V vectors at once: item i of width W takes half its lanes per level.
 template <int W, int... I>
 INLINE vf fold(vf a, vf b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, (I / (W / 2) * W + I % (W / 2))...) +
-           __builtin_shufflevector(a, b, (I / (W / 2) * W + I % (W / 2) + W / 2)...);
+    return shuffle<(I / (W / 2) * W + I % (W / 2))...>(a, b) +
+           shuffle<(I / (W / 2) * W + I % (W / 2) + W / 2)...>(a, b);
 }
 
 template <int W>

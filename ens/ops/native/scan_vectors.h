@@ -40,14 +40,24 @@ INLINE vf softplus(vf x, vf* slope) {
 
 INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp2(x * -kLog2E)); }
 
+// Lanes I of a and b in a row. GCC has the first builtin from 12 on only, Clang has nothing but the first.
+template <int... I>
+INLINE vf shuffle(vf a, vf b) {
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(a, b, I...);
+#else
+    return __builtin_shuffle(a, b, vi{I...});
+#endif
+}
+
 // Exchange of the off-diagonal squares of side S, for all pairs of rows S apart.
 template <int S, int... I>
 INLINE void swap_squares(vf* rows, std::integer_sequence<int, I...>) {
     for (int64_t i = 0; i < V; ++i) {
         if (i & S) continue;
         const vf a = rows[i], b = rows[i + S];
-        rows[i] = __builtin_shufflevector(a, b, (I & S ? ENS_LANES + I - S : I)...);
-        rows[i + S] = __builtin_shufflevector(a, b, (I & S ? ENS_LANES + I : I + S)...);
+        rows[i] = shuffle<(I & S ? ENS_LANES + I - S : I)...>(a, b);
+        rows[i + S] = shuffle<(I & S ? ENS_LANES + I : I + S)...>(a, b);
     }
 }
 
