@@ -25,9 +25,9 @@ from ens.data.images import ImageError, Photo, read_photo, to_float, to_pixels, 
 from ens.data.pairs import Patches, ValidationSet, load_validation_set
 from ens.data.tasks import Task
 from ens.distill.blockwise import create_surrogate, distill_library
+from ens.distill.fit import Phase, Progress, start_processes, train_network
 from ens.distill.library import BUILTIN, Library, LibraryError, open_library
 from ens.distill.losses import TaughtLoss, l1_loss
-from ens.distill.training import Phase, Progress, start_processes, train_network
 from ens.evaluate.cost import count_cost
 from ens.evaluate.crops import draw_crops
 from ens.evaluate.evaluator import Evaluation, evaluate_protocols, mean_psnr_db
@@ -362,12 +362,12 @@ def _fit(network: Network, patches: Patches, study: StudyConfig, verb: str, chec
         skipped = f", {progress.skipped} skipped" if progress.skipped else ""
         control.progress(verb, progress.step, progress.steps, f"loss {progress.loss:.4f}{skipped}")
 
-    complete = train_network(
+    fit = train_network(
         network, patches, checkpoint=checkpoint, loss=loss, phases=[Phase(*phase) for phase in settings.phases],
         steps=settings.steps, lr=settings.lr, lr_final=settings.lr_final, warmup_steps=settings.warmup_steps,
         clip_norm=settings.clip_norm, ema_decay=settings.ema_decay, device=choose_device(study),
         identity=taught | {"seed": str(study.seed), **identity}, on_progress=report, should_stop=control.should_stop)
-    if not complete:
+    if not fit.complete:
         raise Interrupted(verb)
 
 
