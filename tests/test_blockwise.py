@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ens.distill.blockwise import distill_library
+from ens.distill.fit import ResumeMismatch
 from ens.distill.library import Library, LibraryError, create_library, open_library
-from ens.distill.training import ResumeMismatch
 from ens.networks import create_network
 from ens.networks.checkpoints import hash_weights
 from ens.networks.steps import Network, create_filling

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ens.distill.fit import MAX_SKIPPED, PatchSource, ResumeMismatch, gains_from_bf16, learning_rate
 from ens.distill.library import Library
 from ens.distill.losses import relative_error
-from ens.distill.training import MAX_SKIPPED, PatchSource, ResumeMismatch, gains_from_bf16, learning_rate
 from ens.networks.checkpoints import load_state, remove_state, save_state
 from ens.networks.steps import Network, SlotSpec, create_filling, pad_to_multiple
 from ens.space import Choice
