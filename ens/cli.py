@@ -299,8 +299,7 @@ def erf(run: Run, slot: Annotated[str, typer.Option(help="Slot to look into, for
     from ens.evaluate.receptive_field import energy_side_px
 
     target = target or run / f"erf_{slot}.png"
-    with reporting() as control:
-        rows = pipeline.inspect_erf(_open(run), slot, target, control)
+    rows = pipeline.inspect_erf(_open(run), slot, target)
     table = make_table(("choice", "state"), ("50 % px", "95 % px"))
     for choice, states in rows.items():
         for state, energy in states.items():

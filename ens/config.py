@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ens.space import Choice, parse_choice
+from ens.space import BUILTIN, Choice, parse_choice
 
-BUILTIN = "builtin:"
 Options = dict[str, Any]
 Section = TypeVar("Section", bound="_Section")
 

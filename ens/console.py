@@ -82,18 +82,22 @@ def make_table(words: Sequence[str], numbers: Sequence[str]) -> Table:
 
 def print_front(folder: RunFolder, front: Front) -> None:
     """The members of a front, and what fills every slot at the knee."""
-    from ens.pareto.tables import front_rows
+    from ens.pareto.tables import front_notes, front_rows
 
-    headers, rows = front_rows(front)
-    table = Table(*headers, box=SIMPLE_HEAD)
+    headers, rows = front_rows(front, short=True)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="left" if index < 2 else "right", no_wrap=index == 1)
     for index, row in enumerate(rows):
         table.add_row(*row, style="bold" if index == front.knee else None)
     show(table)
-    measured = folder.archive.measurements()
+    measured, space = folder.archive.measurements(), folder.archive.space
     knee = front.members[front.knee].genotype
+    for note in front_notes(front):
+        say(note)
     say(f"{len(measured)} genotypes measured, {len(front.members)} on the front, "
-         f"{sum(not item.valid for item in measured)} invalid\nKnee: {format_genotype(knee)}")
-    for slot, choice in zip(folder.archive.space.slots, folder.archive.space.choices(knee), strict=True):
+        f"{sum(not item.valid for item in measured)} invalid\nKnee: {format_genotype(knee)}")
+    for slot, choice in zip(space.slots, space.choices(knee), strict=True):
         say(f"  {slot.name:<16} {choice.label}")
 
 

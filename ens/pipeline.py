@@ -209,7 +209,8 @@ def inspect_erf(run: RunFolder, slot: str, target: Path) -> dict[str, dict[str, 
         raise ValueError(f"{run.study.name} does not search slot {slot!r}; it searches {', '.join(names)}")
     position, spec = names.index(slot), run.skeleton.slot(slot)
     teacher, *choices = run.space.slots[position].choices
-    tuned = {parse_genotype(read_facts(path)["genotype"], run.space)[position]: path for path in run.hybrids.list_tuned()}
+    tuned = {parse_genotype(read_facts(path)["genotype"], run.space)[position]: path
+             for path in run.hybrids.list_tuned()}
     maps = {teacher.label: {"teacher": measure_slot(run.teacher, slot, images)}}
     for index, choice in enumerate(choices, 1):
         before = create_surrogate(run.teacher, spec, choice, seed=run.study.seed)

@@ -23,7 +23,7 @@ from ens.config import ConfigError, StudyConfig, TrainConfig, check_same_run, du
 from ens.data.folders import load_pairs
 from ens.data.pairs import Patches, ValidationSet, load_validation_set
 from ens.data.tasks import Task, create_task
-from ens.distill.fit import Phase, Recipe
+from ens.distill.fit import Phase, Recipe, choose_device
 from ens.distill.library import Library, LibraryError, create_library, open_library
 from ens.evaluate.cost import CostTable, build_cost_table
 from ens.evaluate.evaluator import Evaluator, Judge, list_input_psnr_db, list_psnr_db
@@ -34,7 +34,8 @@ from ens.networks import create_network
 from ens.networks.slots import build_space
 from ens.networks.steps import Network, SlotSpec, create_filling
 from ens.objectives import find_objectives, reference_point
-from ens.pareto.archive import Archive, Baseline, acquire_lock, mark_invalid, open_archive, read_archive, record_tuned
+from ens.pareto.archive import Archive, acquire_lock, mark_invalid, open_archive, read_archive, record_tuned
+from ens.pareto.baseline import Baseline
 from ens.pareto.selection import Front, nearest_members, pick_genotype, select_front
 from ens.space import Choice, Genotype, SearchSpace, format_genotype
 
@@ -46,7 +47,7 @@ _held: dict[Path, FileLock] = {}
 class RunFolder:
     """One run on disk. Every property is opened at most once in a process, when it is first asked for.
 
-    Made by `start` (a study and the folder it runs in) or `reopen` (a folder that holds a study). `storage` is where the
+    Made by `start` (a study and the folder it runs in) or `reopen` (a folder with a study). `storage` is where the
     archive is, `archive.db` unless given. A study's `threads` are set for the process.
     """
 
@@ -91,7 +92,9 @@ class RunFolder:
         """Raise now what would otherwise be found out after hours: names, choices, device, images, the teacher."""
         from ens.search import create_engine  # brings pymoo, half a second
 
-        study, device = self.study, self.device
+        study = self.study
+        if not self.device:
+            raise ConfigError("no device")
         find_objectives(study.search.objectives)
         for location in filter(None, (study.data.validation, study.data.report)):
             load_pairs(location, scale=self.task.scale, limit=study.data.limit)
@@ -103,7 +106,7 @@ class RunFolder:
             for spec, choice in self.jobs:
                 create_filling(spec, choice)
         for section in (study.train, study.finetune):
-            self.recipe(section).check_device(device)
+            self.recipe(section).check_processes()
             if section.taught_by:
                 open_network(section.taught_by)
         if study.library and study.teacher not in ("", study.library) and not self.library.imitates(self.source):
@@ -116,15 +119,11 @@ class RunFolder:
 
     @cached_property
     def device(self) -> str:
-        """`auto` is the GPU where there is one; raises ConfigError for a GPU that is not there."""
-        name = self.study.device
-        if name == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        if name.partition(":")[0] not in ("cpu", "cuda"):
-            raise ConfigError(f"{self.study.name}: device is auto, cpu, cuda or cuda:1, got {name!r}")
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"{self.study.name}: device {name} is asked for, but torch sees no GPU; use auto or cpu")
-        return name
+        """The device of the study; raises ConfigError for a GPU that is not there."""
+        try:
+            return choose_device(self.study.device)
+        except ValueError as error:
+            raise ConfigError(f"{self.study.name}: {error}") from None
 
     @cached_property
     def task(self) -> Task:
@@ -215,7 +214,8 @@ class RunFolder:
         """Training patches of the study's folder; every purpose (teacher, library, hybrid) draws others."""
         if not self.study.data.train:
             raise ConfigError(f"{self.study.name}: `data.train` names no folder of training images")
-        pairs = load_pairs(self.study.data.train, scale=self.task.scale, channels=self.skeleton.in_channels)
+        pairs = load_pairs(self.study.data.train, scale=self.task.scale, channels=self.skeleton.in_channels,
+                           studio=self.task.studio)
         return Patches(pairs, self.task, seed=self.study.seed, purpose=purpose)
 
     @cached_property

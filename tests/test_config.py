@@ -89,7 +89,8 @@ def test_a_dumped_study_is_the_same_study(tmp_path: Path) -> None:
 
 def test_budget_device_threads_fine_tuning_and_report_images_may_change_and_nothing_else(tmp_path: Path) -> None:
     study = load_study(write(tmp_path, STUDY))
-    same = load_study(write(tmp_path, STUDY + "search: {budget: 7}\nfinetune: {steps: 3}\ndata: {report: r}\nthreads: 2"))
+    changes = "search: {budget: 7}\nfinetune: {steps: 3}\ndata: {report: r}\nthreads: 2"
+    same = load_study(write(tmp_path, STUDY + changes))
     assert not check_same_run(study, study, tmp_path) and check_same_run(study, same, tmp_path)
     with pytest.raises(ConfigError, match="seed: 0 there, 1 now"):
         check_same_run(study, load_study(write(tmp_path, STUDY + "seed: 1\nsearch: {budget: 7}")), tmp_path)

@@ -9,8 +9,8 @@ import tomllib
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ens"
-ORDER = ("space", "objectives", "atomic", "ops", "blocks", "networks", "data", "distill", "evaluate", "search", "pareto",
-         "export", "runtime", "config", "run_folder", "pipeline", "console", "cli")
+ORDER = ("space", "objectives", "atomic", "ops", "blocks", "networks", "data", "distill", "evaluate", "search",
+         "pareto", "export", "runtime", "config", "run_folder", "pipeline", "console", "cli")
 ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "ops": {"ops"}, "data": {"data", "atomic"},
            **{name: {name, "space", "objectives", "atomic"} for name in ("search", "pareto")}}
 PRINT = {"cli", "console"}
@@ -75,8 +75,9 @@ def test_there_are_no_import_cycles() -> None:
 
 
 def test_files_and_functions_keep_the_size_of_a_page() -> None:
-    long = [f"{path.name}: {count} lines" for path in PATHS
-            if (count := len(path.read_text(encoding="utf-8").splitlines())) > (220 if path.stem == "pipeline" else 350)]
+    counts = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PATHS}
+    long = [f"{name}: {count} lines" for name, count in counts.items()
+            if count > (220 if name == "pipeline.py" else 350)]
     for name, tree in SOURCES.items():
         long += [f"{name}.{node.name}: {count} lines" for node in ast.walk(tree)
                  if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -85,8 +86,9 @@ def test_files_and_functions_keep_the_size_of_a_page() -> None:
 
 
 def test_every_public_function_says_what_it_does() -> None:
-    silent = [f"{name}.{node.name}" for name, tree in SOURCES.items() for node in tree.body
-              if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node) is None]
+    functions = [(name, node) for name, tree in SOURCES.items() for node in tree.body
+                 if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    silent = [f"{name}.{node.name}" for name, node in functions if ast.get_docstring(node) is None]
     assert not silent
 
 

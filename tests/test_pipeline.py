@@ -188,7 +188,7 @@ def test_fine_tuning_that_hurts_keeps_the_weights_it_started_with(
 def test_a_teacher_that_is_worse_than_its_input_ends_the_search_before_it_starts(tmp_path: Path) -> None:
     write_study(tmp_path)
     study = load_study(tmp_path / "tiny.yaml", {"train": {"steps": 1, "lr": 1e-6, "phases": [[0, 16, 2]]}})
-    with pytest.raises(ConfigError, match="the degraded input has .* there is nothing to imitate"):
+    with pytest.raises(ConfigError, match=r"the degraded input has .* there is nothing to imitate"):
         pipeline.search(RunFolder.start(study, tmp_path / "run"))
     assert not (tmp_path / "run" / "archive.db").exists()
 
@@ -362,8 +362,8 @@ def test_a_finished_run_opens_next_to_nothing_when_it_is_run_again(
 def test_a_finished_run_ends_within_four_seconds_of_processor_time(finished: tuple[StudyConfig, Path, Path]) -> None:
     _, out, _ = finished
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", "from ens.cli import main; main()", "run", str(out.parent / "tiny.yaml"),
-                           "--out", str(out)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", "from ens.cli import main; main()", "run", str(out.parent / "tiny.yaml")]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4

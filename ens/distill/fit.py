@@ -5,9 +5,11 @@ Shapes: degraded (B, C, H, W) and clean (B, C, scale·H, scale·W), float32 in a
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -17,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ens.distill.losses import TaughtLoss, l1_loss
 from ens.networks.checkpoints import load_state, save_state
 
 MAX_SKIPPED = 10
+WEIGHT_DECAY = 1e-4
 
 
 class TrainingError(RuntimeError):
@@ -55,8 +59,42 @@ class Progress:
     skipped: int
 
 
-LossFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(network, degraded, clean) -> scalar."""
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: AdamW with warm-up and cosine, gradient clip, averaged weights, progressive phases.
+
+    The loss is L1 to the target, or with a teacher (1 − taught_weight)·L1 + taught_weight·L1 to the teacher's output;
+    `taught_by` names the teacher.
+    """
+
+    phases: tuple[Phase, ...]
+    steps: int
+    lr: float = 3e-4
+    lr_final: float = 1e-6
+    warmup_steps: int = 0
+    clip_norm: float = 0.1
+    ema_decay: float = 0.999
+    taught_weight: float = 0.0
+    taught_by: str = ""
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """Eight hex digits that name this recipe in files."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+
+    def check_processes(self) -> None:
+        """Raises ValueError where the processes that `torchrun` started cannot share a batch."""
+        for phase in self.phases:
+            share_batch(phase.batch_size, int(os.environ.get("WORLD_SIZE", "1")))
+
+    def describe(self) -> dict[str, str]:
+        """What must be the same when a training is resumed."""
+        return {key: str(value) for key, value in vars(self).items()}
+
+    def describe_loss(self) -> str:
+        """The loss of a taught network in words."""
+        return f"{1 - self.taught_weight:g}·L1 to the target + {self.taught_weight:g}·L1 to the teacher's output"
 
 
 @dataclass(frozen=True)
@@ -101,7 +139,7 @@ class _Run:
                 "params": self.network.state_dict(), "ema": self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict()}
 
-    def judge(self, validate: Callable[[nn.Module], float]) -> float:
+    def judge(self, validate: Callable[[nn.Module], float]) -> None:
         """Validate the averaged weights and keep them where they are the best so far; NaN never is."""
         with torch.no_grad():
             psnr_db = float(validate(self.ema.module.eval()))
@@ -110,7 +148,6 @@ class _Run:
             weights = {name: value.detach().to("cpu", copy=True)
                        for name, value in self.ema.module.state_dict().items()}
             self.best = _Best(weights, self.done, psnr_db, best.psnr_db_start)
-        return psnr_db
 
     def fit(self, *, complete: bool) -> Fit:
         best = self.best
@@ -118,70 +155,65 @@ class _Run:
                 else Fit(complete, best.step, best.psnr_db, best.psnr_db_start))
 
 
-def train_network(network: nn.Module, patches: PatchSource, *, checkpoint: Path, loss: LossFunction,
-                  phases: Sequence[Phase], steps: int, lr: float = 3e-4, lr_final: float = 1e-6,
-                  warmup_steps: int = 0, weight_decay: float = 1e-4, clip_norm: float = 0.1,
-                  ema_decay: float = 0.999, device: str = "cpu", bf16: bool | None = None, save_every: int = 200,
-                  validate: Callable[[nn.Module], float] | None = None, validate_every: int = 0,
-                  identity: Mapping[str, str] | None = None,
+def train_network(network: nn.Module, patches: PatchSource, *, recipe: Recipe, checkpoint: Path, device: str = "cpu",
+                  taught_by: nn.Module | None = None, identity: Mapping[str, str] | None = None,
+                  validate: Callable[[nn.Module], float] | None = None,
                   on_progress: Callable[[Progress], None] | None = None,
-                  on_validated: Callable[[int, float], None] | None = None,
-                  should_stop: Callable[[], bool] | None = None) -> Fit:
-    """Train in place with AdamW, warm-up and cosine, gradient clip and an EMA of the weights.
+                  should_stop: Callable[[], bool] | None = None, bf16: bool | None = None,
+                  save_every: int = 200) -> Fit:
+    """Train in place by a recipe.
 
-    Afterwards `network` holds the EMA weights: the last, or with `validate` (network in evaluation mode -> PSNR in dB)
-    the best of those seen at the start, every `validate_every` steps (0: ten times) and at the end. Every `save_every`
-    steps, and when `should_stop` says so, all state goes to `checkpoint`; the same call continues there and ends with
-    the weights of an uninterrupted run. Under `torchrun` each process takes its share of the global batch and the
-    first one validates. `identity` names what must be the same on resume. Raises ValueError for a batch that the
-    processes cannot share, ResumeMismatch, or TrainingError after ten losses that were not finite.
+    Afterwards `network` holds the averaged weights: the last, or with `validate` (network in evaluation mode -> PSNR in
+    dB) the best of those seen at the start, after every tenth of the steps and at the end. Every `save_every` steps,
+    and when `should_stop` says so, all state goes to `checkpoint`; the same call continues there and ends with the
+    weights of an uninterrupted run. Under `torchrun` each process takes its share of the global batch and the first one
+    validates. `identity` names what else must be the same on resume. Raises ValueError for a batch that the processes
+    cannot share, ResumeMismatch, or TrainingError after ten losses that were not finite.
     """
     rank, world = _find_rank()
-    shares = {phase.batch_size: share_batch(phase.batch_size, world) for phase in phases}
-    device, every = local_device(device), validate_every or max(1, steps // 10)
-    recipe = {"steps": str(steps), "phases": str([(p.start, p.patch_px, p.batch_size) for p in phases]),
-              "lr": f"{lr} -> {lr_final}, {warmup_steps} warm-up", "weight_decay": str(weight_decay),
-              "clip_norm": str(clip_norm), "ema_decay": f"{ema_decay}, warmed up",
-              "validated": f"every {every} steps" if validate else "never", **(identity or {})}
+    shares = {phase.batch_size: share_batch(phase.batch_size, world) for phase in recipe.phases}
+    device, every, steps = local_device(device), max(1, recipe.steps // 10), recipe.steps
+    known = {**recipe.describe(), "validated": str(validate is not None), **(identity or {})}
+    loss = l1_loss if taught_by is None else TaughtLoss(copy.deepcopy(taught_by).to(device),
+                                                        weight=recipe.taught_weight)
     network.to(device).train()
-    run = _Run(network, AveragedModel(network, multi_avg_fn=_average(ema_decay)),
-               torch.optim.AdamW(network.parameters(), lr, weight_decay=weight_decay))
-    _resume(checkpoint, recipe, run, device)
+    run = _Run(network, AveragedModel(network, multi_avg_fn=_average(recipe.ema_decay)),
+               torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=WEIGHT_DECAY))
+    _resume(checkpoint, known, run, device)
     wrapped = wrap_for_processes(network, device) if world > 1 else network
     use_bf16 = gains_from_bf16(device) if bf16 is None else bf16
 
     def judge() -> None:
         if validate is not None and rank == 0:
-            psnr_db = run.judge(validate)
-            if on_validated is not None:
-                on_validated(run.done, psnr_db)
+            run.judge(validate)
 
     if run.done == 0:
         judge()
     while run.done < steps:
-        phase = [phase for phase in phases if phase.start <= run.done][-1]
+        phase = [phase for phase in recipe.phases if phase.start <= run.done][-1]
         share = shares[phase.batch_size]
         pair = patches.batch(run.done, share, phase.patch_px, first=rank * share)
-        rate = learning_rate(run.done, steps=steps, lr=lr, lr_final=lr_final, warmup_steps=warmup_steps)
-        value = _take_step(run, wrapped, loss, pair, rate, clip_norm=clip_norm, device=device, bf16=use_bf16)
+        rate = learning_rate(run.done, steps=steps, lr=recipe.lr, lr_final=recipe.lr_final,
+                             warmup_steps=recipe.warmup_steps)
+        value = _take_step(run, wrapped, loss, pair, rate, clip_norm=recipe.clip_norm, device=device, bf16=use_bf16)
         if run.skipped >= MAX_SKIPPED:
             raise TrainingError(f"the loss was not finite in {run.skipped} steps up to step {run.done}; the last good "
-                                f"state is kept in {checkpoint.name}. Lower the learning rate ({lr}) or the clip "
-                                f"({clip_norm})")
+                                f"state is kept in {checkpoint.name}. Lower the learning rate ({recipe.lr}) or the "
+                                f"clip ({recipe.clip_norm})")
         if on_progress is not None:
             on_progress(Progress(run.done, steps, value, run.skipped))
         if run.done % every == 0 or run.done == steps:
             judge()
         stop = should_stop is not None and should_stop()
         if rank == 0 and (run.done % save_every == 0 or run.done == steps or stop):
-            save_state(checkpoint, run.state(recipe))
+            save_state(checkpoint, run.state(known))
         if stop and run.done < steps:
             return run.fit(complete=False)
     return _finish(run, world)
 
 
-def _take_step(run: _Run, wrapped: nn.Module, loss: LossFunction, pair: tuple[Tensor, Tensor], rate: float, *,
-               clip_norm: float, device: str, bf16: bool) -> float:
+def _take_step(run: _Run, wrapped: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+               pair: tuple[Tensor, Tensor], rate: float, *, clip_norm: float, device: str, bf16: bool) -> float:
     """One update of network and average, skipped where the gradient is not finite; returns the loss."""
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -248,6 +280,17 @@ def local_device(device: str) -> str:
     """The device of this process: under `torchrun`, `cuda` is the GPU of its LOCAL_RANK; any other name stays."""
     rank = os.environ.get("LOCAL_RANK")
     return f"cuda:{rank}" if device == "cuda" and rank is not None else device
+
+
+def choose_device(name: str) -> str:
+    """`auto` is the GPU where there is one; raises ValueError for another name, or a GPU that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device is auto, cpu, cuda or cuda:1, got {name!r}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name} is asked for, but torch sees no GPU; use auto or cpu")
+    return name
 
 
 def share_batch(batch_size: int, processes: int) -> int:

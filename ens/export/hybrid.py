@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
+from ens.distill.library import open_library
 from ens.networks import create_network
 from ens.networks.checkpoints import (
     CheckpointError,
@@ -22,7 +23,7 @@ from ens.networks.checkpoints import (
     write_tensors,
 )
 from ens.networks.steps import Network, create_filling
-from ens.space import Choice, Genotype, format_genotype
+from ens.space import BUILTIN, Choice, Genotype, format_genotype
 
 HYBRID_FORMAT = "ens hybrid 1"
 _DESCRIPTION = ("format", "network", "options", "slots", "weights_sha256")
@@ -112,7 +113,12 @@ def read_facts(path: str | Path) -> dict[str, str]:
 
 
 def open_network(path: str | Path) -> Network:
-    """Open a hybrid file or a checkpoint (released or own), whichever it is. Raises CheckpointError."""
+    """Open a hybrid file, a checkpoint (released or own), or `builtin:NAME` for a shipped teacher.
+
+    Raises CheckpointError, or LibraryError for a teacher that does not ship.
+    """
+    if str(path).startswith(BUILTIN):
+        return open_library(str(path)).load_teacher()
     if read_metadata(path).get("format", "").startswith("ens hybrid"):
         return load_hybrid(path)
     return load_checkpoint(path)

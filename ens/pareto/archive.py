@@ -8,6 +8,7 @@ later (fine-tuned results, hybrids that cannot be exported) and the baseline are
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -114,6 +115,13 @@ class Archive:
     def known(self) -> dict[Genotype, Measurement]:
         """The same by genotype, in the order of recording."""
         return dict(self._known)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that is known: measurements, invalid ones, fine-tuned results."""
+        known = [(one.genotype, sorted(one.values.items()), one.psnr_db, one.valid, one.note)
+                 for one in self._known.values()]
+        return hashlib.sha256(repr((known, sorted(self._tuned.items()))).encode()).hexdigest()
 
     def check(self, expected: Mapping[str, Any]) -> None:
         """Compare those keys of a manifest that are at hand, `space_manifest` among them, with what is stored.

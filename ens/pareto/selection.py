@@ -124,10 +124,11 @@ def _find_knee(members: Sequence[Measurement], objectives: Sequence[str], *, tea
     """Indices of the knee and of the five nearest to it, as select_front says."""
     values = objective_values(members, objectives)
     pool = np.arange(len(members))
-    for mask in (~np.array([is_below_input(member, baseline) for member in members]),
-                 (values <= _limits(objectives, teacher)).all(axis=1)):
+    above: np.ndarray = np.array([not is_below_input(member, baseline) for member in members])
+    within: np.ndarray = np.all(values <= np.asarray(_limits(objectives, teacher)), axis=1)
+    for mask in (above, within):
         pool = pool[mask[pool]] if mask[pool].any() else pool
-    others = np.array([any(members[index].genotype) for index in pool])
+    others = np.array([any(members[int(index)].genotype) for index in pool])
     middle = knee(values[pool], others if others.any() else None)
     near = [index for index in nearest(values[pool], middle, k=len(pool)) if others[index]][:5]
     return int(pool[middle]), tuple(int(pool[index]) for index in near)
@@ -176,6 +177,19 @@ def pick_genotype(pick: str, *, front: Front, space: SearchSpace) -> Genotype:
     if pick not in roles:
         raise ValueError(f"this front has no {pick!r}; it has {', '.join(role for role in sorted(roles) if role)}")
     return roles[pick]
+
+
+def nearest_members(front: Front, genotype: Genotype, *, count: int) -> list[Genotype]:
+    """A genotype and the members nearest to it, `count` in all, fewer where the front has fewer.
+
+    Objectives are scaled as for the knee; members below the degraded input and the teacher itself are no neighbours.
+    A genotype that is not on the front has none.
+    """
+    names = [member.genotype for member in front.members]
+    if genotype not in names or count == 1:
+        return [genotype]
+    order = nearest(front.values, names.index(genotype), k=len(names))
+    return [genotype, *(names[index] for index in order if any(names[index]) and not front.below_input(index))][:count]
 
 
 def cheapest_member(front: Front, limit: float) -> Measurement:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from ens.objectives import OBJECTIVES, format_value
 from ens.pareto.baseline import REPORT_KEYS, Tuned
 from ens.pareto.selection import Front, known_objectives
 from ens.space import Genotype, Measurement, SearchSpace, format_genotype
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MORE, WORSE, SAME = "▲", "▼", "≈"
 """Marks behind a value: more than the teacher, below the degraded input, not told apart from the next line."""
@@ -20,6 +22,8 @@ def front_table(front: Front, *, space: SearchSpace) -> pd.DataFrame:
     """One row a member: role, genotype, objectives, every other value, mean PSNR in dB before and after fine-tuning,
     the drop after it, marks, and the label in every slot. Full precision; empty where there is none.
     """
+    import pandas as pd  # half a second, for the file alone
+
     rows = []
     for index, member in enumerate(front.members):
         others = {name: value for name, value in member.values.items() if name not in front.objectives}
@@ -42,13 +46,13 @@ def tuned_drop_db(member: Measurement, front: Front) -> float | None:
     return front.baseline.teacher_mean_db - statistics.fmean(member.psnr_db_tuned)
 
 
-def front_rows(front: Front) -> tuple[list[str], list[list[str]]]:
-    """Headers and one row of texts a member: role, genotype, objectives, what else was measured, PSNR.
+def front_rows(front: Front, *, short: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Headers and one row of texts a member: role, genotype, objectives, what else was measured (not if `short`), PSNR.
 
     The drop stands with its standard error, `0.123 ± 0.011`; the marks are those that `front_notes` explains.
     """
     names = [*front.objectives, *(objective.name for objective in known_objectives(front.members)
-                                  if objective.name not in front.objectives)]
+                                  if objective.name not in front.objectives and not short)]
     tuned = any(member.psnr_db_tuned for member in front.members)
     headers = ["", "genotype", *(OBJECTIVES[name].label for name in names), "PSNR (dB) before fine-tuning",
                *(["PSNR (dB) fine-tuned"] if tuned else [])]
