@@ -150,6 +150,8 @@ def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, cr
     """
     pairs = load_pairs(folder, scale=task.scale, channels=channels, limit=limit, studio=task.studio)
     if crop_px is not None:
+        if crop_px < 8 * task.scale:
+            raise ValueError(f"crop_px is at least {8 * task.scale}, got {crop_px}")
         pairs = _crop_all(pairs, crop_px // (8 * task.scale) * 8 * task.scale, task.scale, crops_per_image)
     images = tuple(_degrade_whole(pair, task) for pair in pairs)
     pixels = [np.concatenate([image.clean.numpy().ravel(), image.degraded.numpy().ravel()]) for image in images]
@@ -158,8 +160,6 @@ def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, cr
 
 
 def _crop_all(pairs: Sequence[Pair], side: int, scale: int, count: int) -> list[Pair]:
-    if side < 8 * scale:
-        raise ValueError(f"crop_px is at least {8 * scale}")
     small = [f"{pair.name} is {pair.clean.shape[1]}×{pair.clean.shape[0]}" for pair in pairs
              if min(pair.clean.shape[:2]) < side]
     if small:

@@ -157,14 +157,14 @@ class _Run:
 
 def train_network(network: nn.Module, patches: PatchSource, *, recipe: Recipe, checkpoint: Path, device: str = "cpu",
                   taught_by: nn.Module | None = None, identity: Mapping[str, str] | None = None,
-                  validate: Callable[[nn.Module], float] | None = None,
+                  validate: Callable[[nn.Module], float] | None = None, validate_every: int = 0,
                   on_progress: Callable[[Progress], None] | None = None,
                   should_stop: Callable[[], bool] | None = None, bf16: bool | None = None,
                   save_every: int = 200) -> Fit:
     """Train in place by a recipe.
 
     Afterwards `network` holds the averaged weights: the last, or with `validate` (network in evaluation mode -> PSNR in
-    dB) the best of those seen at the start, after every tenth of the steps and at the end. Every `save_every` steps,
+    dB) the best of those seen at the start, every `validate_every` steps (0: ten times) and at the end. Every `save_every` steps,
     and when `should_stop` says so, all state goes to `checkpoint`; the same call continues there and ends with the
     weights of an uninterrupted run. Under `torchrun` each process takes its share of the global batch and the first one
     validates. `identity` names what else must be the same on resume. Raises ValueError for a batch that the processes
@@ -172,8 +172,8 @@ def train_network(network: nn.Module, patches: PatchSource, *, recipe: Recipe, c
     """
     rank, world = _find_rank()
     shares = {phase.batch_size: share_batch(phase.batch_size, world) for phase in recipe.phases}
-    device, every, steps = local_device(device), max(1, recipe.steps // 10), recipe.steps
-    known = {**recipe.describe(), "validated": str(validate is not None), **(identity or {})}
+    device, every, steps = local_device(device), validate_every or max(1, recipe.steps // 10), recipe.steps
+    known = {**recipe.describe(), "validated": f"every {every} steps" if validate else "never", **(identity or {})}
     loss = l1_loss if taught_by is None else TaughtLoss(copy.deepcopy(taught_by).to(device),
                                                         weight=recipe.taught_weight)
     network.to(device).train()

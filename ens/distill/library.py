@@ -184,6 +184,7 @@ def builtin_folder(name: str) -> Path:
 
 
 def save_weights(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
+    """Write the weights of a module as safetensors of this type."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.to(dtype).contiguous() for name, value in module.state_dict().items()}
     write_atomic(path, safetensors.torch.save(state))

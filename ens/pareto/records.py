@@ -36,6 +36,7 @@ def read_space(manifest: Mapping[str, Any]) -> SearchSpace:
 
 def to_trial(measurement: Measurement, *, slots: Mapping[str, Sequence[str]], objectives: Sequence[str],
               engine: str) -> FrozenTrial:
+    """One finished trial of an Optuna study; raises ValueError for what an archive does not take."""
     if len(measurement.genotype) != len(slots):
         raise ValueError(f"a genotype of this archive has {len(slots)} entries, got {len(measurement.genotype)}")
     labels = {slot: choices[index]
@@ -54,6 +55,7 @@ def to_trial(measurement: Measurement, *, slots: Mapping[str, Sequence[str]], ob
 
 
 def from_stored(state: TrialState, stored: Mapping[str, Any]) -> Measurement:
+    """The measurement behind a trial's state and attributes."""
     return Measurement(genotype=read_genotype(stored["genotype"]),
                        values={name: float(value) for name, value in stored["values"].items()},
                        psnr_db=tuple(float(value) for value in stored["psnr_db"]),
@@ -61,6 +63,7 @@ def from_stored(state: TrialState, stored: Mapping[str, Any]) -> Measurement:
 
 
 def read_genotype(text: str) -> Genotype:
+    """`0-2-1` as numbers."""
     return tuple(int(index) for index in text.split("-"))
 
 
@@ -75,11 +78,13 @@ def read_tuned(stored: Mapping[str, Any]) -> dict[Genotype, tuple[Tuned, ...]]:
 
 
 def to_baseline(baseline: Baseline) -> dict[str, Any]:
+    """A baseline as JSON values."""
     return {"teacher_psnr_db": _to_json(baseline.teacher_psnr_db), "input_psnr_db": _to_json(baseline.input_psnr_db),
             "values": dict(zip(baseline.values, _to_json(baseline.values.values()), strict=True))}
 
 
 def from_baseline(stored: Mapping[str, Any]) -> Baseline:
+    """Inverse of to_baseline."""
     return Baseline(tuple(map(float, stored["teacher_psnr_db"])), tuple(map(float, stored["input_psnr_db"])),
                     {name: float(value) for name, value in stored["values"].items()})
 
