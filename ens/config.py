@@ -160,6 +160,10 @@ class StudyConfig(_Section):
         if self.teacher and self.train.taught_by:
             raise ValueError(f"the teacher is {self.teacher}, so none is trained that {self.train.taught_by} could "
                              "teach")
+        if "name" not in self.task:
+            raise ValueError("`task` needs a name, for instance {name: denoise, sigma_255: 25}")
+        if not (self.teacher or self.library or "name" in self.network):
+            raise ValueError("give `teacher`, or `network` with a name, for instance {name: restormer}")
         if bool(self.choices) == bool(self.slots):
             raise ValueError("give either `choices` (for every slot) or `slots` (name: choices), and not both")
         return self

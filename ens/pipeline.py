@@ -2,8 +2,8 @@
 
     task ─► train ─► distill ─► search ─► pareto ─► finetune ─► export ─► restore
 
-A verb gets a `RunFolder` and asks it for what it needs. It skips what is already there and continues what was
-interrupted. What takes long to import is imported by the verb that needs it: a finished run ends at once.
+A verb gets a `RunFolder` and asks it for what it needs; it skips what is there and continues what was interrupted. What
+takes long to import is imported by the verb that needs it: a finished run ends at once.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def train(run: RunFolder, control: Control = QUIET) -> None:
     """Bring the teacher: the study's own (checkpoint or `builtin:NAME`), or train one from scratch into `teacher/`."""
     if run.study.device == "auto" and run.device == "cpu":
         control.say("device: auto takes the CPU, torch sees no GPU")
-    if run.study.teacher or run.teacher_path.exists():
-        control.say(f"train: skipped, the teacher is {run.study.teacher or run.teacher_path}")
+    if (given := run.study.teacher or run.study.library) or run.teacher_path.exists():
+        control.say(f"train: skipped, the teacher is {given or run.teacher_path}")
         return
     start_processes(run.device)
     torch.manual_seed(run.study.seed)
@@ -56,8 +56,7 @@ def distill(run: RunFolder, control: Control = QUIET) -> Library:
     """Align every surrogate of the space with its slot of the teacher; returns the library."""
     train(run, control)
     library, jobs, settings = run.library, run.jobs, run.study.distill
-    missing = sum(not library.has(spec.name, choice) for spec, choice in jobs)
-    if not missing:
+    if not (missing := sum(not library.has(spec.name, choice) for spec, choice in jobs)):
         control.say(f"distill: skipped, all {len(jobs)} surrogates are in {library.root.name}")
         return library
     if run.study.library:
@@ -150,10 +149,9 @@ def export(run: RunFolder, pick: str = "knee", control: Control = QUIET) -> Path
     run.hold()
     genotype = run.pick(pick)
     tuned, target = run.best_tuned(genotype), run.hybrids.exported(genotype)
-    if genotype == run.space.teacher:
-        control.say("export: this genotype is the teacher itself, no slot is replaced")
-    if tuned is None:
-        control.say("export: without fine-tuning; `ens finetune` first gives a better file")
+    if not any(genotype) or tuned is None:
+        control.say("export: " + ("without fine-tuning; `ens finetune` first gives a better file" if any(genotype) else
+                                  "this genotype is the teacher itself, no slot is replaced"))
     hybrid = load_hybrid(tuned) if tuned else run.build(genotype)
     facts = read_facts(tuned) if tuned else run.facts(genotype, run.judge.judge(hybrid, "before"))
     save_hybrid(target.with_suffix(".safetensors"), hybrid, choices=run.space.replaced(genotype), facts=facts)
@@ -197,10 +195,9 @@ def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET,
 
 
 def inspect_erf(run: RunFolder, slot: str, target: Path) -> dict[str, dict[str, EnergyMap]]:
-    """Draw the effective receptive field of a slot into the PNG `target`: the teacher's and every surrogate's.
+    """Draw the effective receptive field of a slot, the teacher's and every surrogate's, into the PNG `target`.
 
-    Choice -> state -> map; surrogates stand before distillation, after it, and after a fine-tuning of this run where
-    one uses them. Features are the slot's own on the first four validation images.
+    Choice -> state (before, distilled, fine-tuned) -> map, of the slot's features on the first four validation images.
     """
     from ens.evaluate.receptive_field import draw_receptive_fields, measure_slot
 
@@ -209,8 +206,8 @@ def inspect_erf(run: RunFolder, slot: str, target: Path) -> dict[str, dict[str, 
         raise ValueError(f"{run.study.name} does not search slot {slot!r}; it searches {', '.join(names)}")
     position, spec = names.index(slot), run.skeleton.slot(slot)
     teacher, *choices = run.space.slots[position].choices
-    tuned = {parse_genotype(read_facts(path)["genotype"], run.space)[position]: path
-             for path in run.hybrids.list_tuned()}
+    paths = run.hybrids.list_tuned()
+    tuned = {parse_genotype(read_facts(path)["genotype"], run.space)[position]: path for path in paths}
     maps = {teacher.label: {"teacher": measure_slot(run.teacher, slot, images)}}
     for index, choice in enumerate(choices, 1):
         before = create_surrogate(run.teacher, spec, choice, seed=run.study.seed)
@@ -219,6 +216,5 @@ def inspect_erf(run: RunFolder, slot: str, target: Path) -> dict[str, dict[str, 
             states["distilled"] = measure_slot(run.teacher, slot, images, module=run.surrogate(spec, choice))
         if index in tuned:
             states["fine-tuned"] = measure_slot(load_hybrid(tuned[index]), slot, images)
-    title = f"{run.study.name}, {slot}: 1 px is {spec.downscale} px of the image"
-    write_atomic(target, draw_receptive_fields(title, maps))
+    write_atomic(target, draw_receptive_fields(f"{slot}: 1 px is {spec.downscale} px of the image", maps))
     return maps

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -33,7 +33,7 @@ from ens.export.hybrid import HybridFiles, build_hybrid, open_network
 from ens.networks import create_network
 from ens.networks.slots import build_space
 from ens.networks.steps import Network, SlotSpec, create_filling
-from ens.objectives import find_objectives, reference_point
+from ens.objectives import find_objectives
 from ens.pareto.archive import Archive, acquire_lock, mark_invalid, open_archive, read_archive, record_tuned
 from ens.pareto.baseline import Baseline
 from ens.pareto.selection import Front, nearest_members, pick_genotype, select_front
@@ -56,6 +56,8 @@ class RunFolder:
         self.study = study
         self.storage: str | Path = storage or path / "archive.db"
         self.hybrids = HybridFiles(path)
+        self.teacher_path = path / "teacher" / "teacher.safetensors"
+        self.library_path = path / "library"
         self._archive: Archive | None = None
         self._surrogates: dict[tuple[str, Choice], nn.Module] = {}
         if study.threads:
@@ -128,8 +130,6 @@ class RunFolder:
     @cached_property
     def task(self) -> Task:
         options = dict(self.study.task)
-        if "name" not in options:
-            raise ConfigError(f"{self.study.name}: `task` needs a name, for instance {{name: denoise, sigma_255: 25}}")
         return create_task(str(options.pop("name")), options)
 
     @cached_property
@@ -144,22 +144,15 @@ class RunFolder:
     @cached_property
     def skeleton(self) -> Network:
         """The teacher's network for its slots and sizes alone; on the meta device unless only weights tell them."""
-        if self.study.library or (self.path / "library" / "manifest.json").exists():
+        if self.study.library or (self.library_path / "manifest.json").exists():
             return self.library.create_skeleton()
         return self.source if self.study.teacher else self.create_network("meta")
 
     def create_network(self, device: str = "cpu") -> Network:
         """The network to train as a teacher, randomly initialised; raises ConfigError where the study has none."""
         options = dict(self.study.network)
-        if "name" not in options:
-            raise ConfigError(f"{self.study.name}: give `teacher`, or `network` with a name, for instance "
-                              "{name: restormer}")
         with torch.device(device):
             return create_network(str(options.pop("name")), **options)
-
-    @property
-    def teacher_path(self) -> Path:
-        return self.path / "teacher" / "teacher.safetensors"
 
     @cached_property
     def source(self) -> Network:
@@ -176,19 +169,18 @@ class RunFolder:
         """The study's library, or the run's own, begun with the teacher where there is none yet."""
         if self.study.library:
             return open_library(self.study.library)
-        if (self.path / "library" / "manifest.json").exists():
-            return open_library(self.path / "library")
-        return create_library(self.path / "library", self.source, task=str(self.task), dtype=self.study.distill.dtype,
+        if (self.library_path / "manifest.json").exists():
+            return open_library(self.library_path)
+        return create_library(self.library_path, self.source, task=str(self.task), dtype=self.study.distill.dtype,
                               recipe=self.study.distill.model_dump())
 
     @cached_property
     def space(self) -> SearchSpace:
-        study = self.study
-        return build_space(study.name, self.skeleton, granularity=study.granularity,
-                           choices=parse_choices(study.choices),
-                           slots={name: parse_choices(entries) for name, entries in study.slots.items()},
-                           penalty_teacher=study.penalty.teacher, penalty_per_block=study.penalty.per_block,
-                           transformers=study.penalty.transformers)
+        study, prices = self.study, self.study.penalty
+        slots = {name: parse_choices(entries) for name, entries in study.slots.items()}
+        return build_space(study.name, self.skeleton, granularity=study.granularity, slots=slots,
+                           choices=parse_choices(study.choices), penalty_teacher=prices.teacher,
+                           penalty_per_block=prices.per_block, transformers=prices.transformers)
 
     @property
     def jobs(self) -> list[tuple[SlotSpec, Choice]]:
@@ -235,7 +227,6 @@ class RunFolder:
 
     @cached_property
     def judge(self) -> Judge:
-        """Scores networks on the validation and report images."""
         return Judge(self.validation, self.report_set, self.protocol)
 
     @cached_property
@@ -255,10 +246,9 @@ class RunFolder:
 
     @property
     def has_archive(self) -> bool:
-        try:
+        with suppress(FileNotFoundError):
             return bool(self.archive)
-        except FileNotFoundError:
-            return False
+        return False
 
     @property
     def archive(self) -> Archive:
@@ -269,13 +259,9 @@ class RunFolder:
 
     @cached_property
     def baseline(self) -> Baseline:
-        """What the teacher and doing nothing reach on the validation images, kept by the archive once there is one.
-
-        Raises ConfigError for a teacher that is no better than nothing.
-        """
-        stored = self.archive.baseline if self.has_archive else None
-        if stored is not None:
-            return stored
+        """What the teacher and doing nothing reach on the validation images; ConfigError where that is the same."""
+        if self.has_archive and self.archive.baseline is not None:
+            return self.archive.baseline
         teacher = list_psnr_db(copy.deepcopy(self.teacher).to(self.device), self.validation, self.protocol)
         before = list_input_psnr_db(self.validation, self.protocol)
         if before and fmean(teacher) <= fmean(before):
@@ -298,10 +284,8 @@ class RunFolder:
     @contextmanager
     def recording(self) -> Iterator[Archive]:
         """The archive open for writing; raises ArchiveMismatch where it holds measurements of something else."""
-        objectives, values = self.study.search.objectives, {"psnr_drop_db": 0.0, **self.baseline.values}
-        reference = reference_point(objectives, teacher_values=[values[name] for name in objectives])
-        manifest = {**self.identity, "data": str(self.validation.fingerprint), "reference": list(reference)}
-        with open_archive(self.storage, space=self.space, objectives=objectives, manifest=manifest,
+        manifest = {**self.identity, "data": str(self.validation.fingerprint)}
+        with open_archive(self.storage, space=self.space, objectives=self.study.search.objectives, manifest=manifest,
                           baseline=self.baseline) as archive:
             self._archive = archive
             yield archive
@@ -320,7 +304,7 @@ class RunFolder:
                             baseline=self.archive.baseline)
 
     def pick(self, pick: str) -> Genotype:
-        """The genotype that `knee`, `near 1`, `within 0.1` or a genotype as text means; raises ValueError."""
+        """What `knee`, `near 1`, `within 0.1` or a genotype as text means; raises ValueError."""
         return pick_genotype(pick, front=self.front(), space=self.archive.space)
 
     @property

@@ -10,7 +10,7 @@ import pytest
 from ens.config import ConfigError, StudyConfig, check_same_run, dump_study, load_study, parse_choices, study_schema
 from ens.space import Choice
 
-STUDY = "task: {name: denoise}\nchoices: [vssd×1]\n"
+STUDY = "task: {name: denoise}\nnetwork: {name: restormer}\nchoices: [vssd×1]\n"
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -47,6 +47,7 @@ def test_folders_are_relative_to_the_study_and_the_name_is_the_files(tmp_path: P
     ("teacher: a.pth\ntrain: {taught_by: b.pth, taught_weight: 0.5}", "so none is trained"),
     ("granularity: layer", "'stage' or 'block'"),
     ("slots: {latent: [vssd×1]}", "either `choices`"),
+    ("network:", "give `teacher`, or `network` with a name"),
     ("a: [", "not valid YAML"),
 ])
 def test_a_mistake_is_one_clear_sentence(tmp_path: Path, text: str, message: str) -> None:
@@ -111,7 +112,7 @@ def test_the_schema_describes_every_key_with_its_bounds() -> None:
 
 
 def test_the_paper_is_the_default() -> None:
-    study = StudyConfig(name="s", task={"name": "denoise"}, choices=("mambair×2",))
+    study = StudyConfig(name="s", task={"name": "denoise"}, network={"name": "restormer"}, choices=("mambair×2",))
     assert (study.search.engine, study.search.budget, study.search.objectives) == (
         "ehvi", 500, ("psnr_drop_db", "penalty"))
     assert (study.penalty.teacher, study.penalty.per_block) == (2.0, 0.1)

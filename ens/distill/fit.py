@@ -164,11 +164,11 @@ def train_network(network: nn.Module, patches: PatchSource, *, recipe: Recipe, c
     """Train in place by a recipe.
 
     Afterwards `network` holds the averaged weights: the last, or with `validate` (network in evaluation mode -> PSNR in
-    dB) the best of those seen at the start, every `validate_every` steps (0: ten times) and at the end. Every `save_every` steps,
-    and when `should_stop` says so, all state goes to `checkpoint`; the same call continues there and ends with the
-    weights of an uninterrupted run. Under `torchrun` each process takes its share of the global batch and the first one
-    validates. `identity` names what else must be the same on resume. Raises ValueError for a batch that the processes
-    cannot share, ResumeMismatch, or TrainingError after ten losses that were not finite.
+    dB) the best of those seen at the start, every `validate_every` steps (0: ten times) and at the end. Every
+    `save_every` steps, and when `should_stop` says so, all state goes to `checkpoint`; the same call goes on there and
+    ends with the weights of an uninterrupted run. Under `torchrun` each process takes its share of the global batch and
+    the first one validates. `identity` names what else must be the same on resume. Raises ValueError for a batch that
+    the processes cannot share, ResumeMismatch, or TrainingError after ten losses that were not finite.
     """
     rank, world = _find_rank()
     shares = {phase.batch_size: share_batch(phase.batch_size, world) for phase in recipe.phases}

@@ -11,16 +11,17 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
+from ens.atomic import write_atomic
 from ens.distill.library import open_library
 from ens.networks import create_network
 from ens.networks.checkpoints import (
     CheckpointError,
     describe_recipe,
+    encode_tensors,
     hash_weights,
     load_checkpoint,
     load_strictly,
     read_metadata,
-    write_tensors,
 )
 from ens.networks.steps import Network, create_filling
 from ens.space import BUILTIN, Choice, Genotype, format_genotype
@@ -56,7 +57,7 @@ def save_hybrid(path: str | Path, network: Network, *, choices: Mapping[str, Cho
     taken = sorted(set(facts) & set(metadata))
     if taken:
         raise ValueError(f"facts may not be called {', '.join(taken)}; these names describe the network")
-    write_tensors(path, network.state_dict(), {**metadata, **facts})
+    write_atomic(path, encode_tensors(network.state_dict(), {**metadata, **facts}))
 
 
 def load_hybrid(path: str | Path) -> Network:
