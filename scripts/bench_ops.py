@@ -28,8 +28,8 @@ from torch import Tensor, nn
 import ens.ops.scan_op
 import ens.ops.selective_scan
 from ens.blocks import create_stack
-from ens.export.formats import OPSET
 from ens.export.graph import tidy_graph
+from ens.export.onnx import OPSET, simplify_graph
 from ens.networks.mambair_unet import MambaIRUNet
 from ens.ops.scan_order import FOUR_DIRECTIONS, invert_order, scan_order
 from ens.ops.selective_scan import scan_backends, selective_scan, selective_scan_directions, selective_scan_loop
@@ -380,12 +380,13 @@ def bench_onnx(bench: Bench, threads: int) -> None:
 
 
 def open_block(block: nn.Module, channels: int, threads: int) -> Callable[[Any], Any]:
-    """The block in ONNX Runtime as `export_onnx` writes it, height and width dynamic."""
+    """The block in ONNX Runtime as `ens export` writes it, height and width dynamic."""
     dynamic = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     with torch.no_grad():
         program = torch.onnx.export(block, (torch.randn(1, channels, 48, 64),), dynamo=True, dynamic_shapes=(dynamic,),
-                                    opset_version=OPSET, verbose=False)
+                                    opset_version=OPSET, verbose=False, optimize=False)
     assert program is not None
+    simplify_graph(program.model)
     tidy_graph(program.model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -14,22 +14,22 @@ import numpy as np
 
 from ens.pareto.archive import Archive, read_archive
 from ens.pareto.front import hypervolume
+from ens.pareto.selection import select_front
 from ens.search import ENGINES, create_engine
 from ens.search.loop import run_search
-from ens.space import Choice, Measurement, SearchSpace, Slot, parse_choice
-
-
-def read_space(archive: Archive) -> SearchSpace:
-    slots = []
-    for name, labels in archive.slots.items():
-        own = parse_choice(labels[0])
-        slots.append(Slot(name, (Choice(own.family, own.depth, teacher=True), *map(parse_choice, labels[1:]))))
-    return SearchSpace("table", tuple(slots))
+from ens.space import Measurement
 
 
 def reached(measurements: list[Measurement], archive: Archive) -> float:
     values = [[item.values[name] for name in archive.objectives] for item in measurements if item.valid]
-    return hypervolume(np.array(values), archive.manifest["reference"])
+    return hypervolume(np.array(values), reference_of(archive))
+
+
+def reference_of(archive: Archive) -> tuple[float, ...]:
+    """The fixed reference point, from the teacher's own values."""
+    reference = select_front(archive.measurements(), archive.objectives, baseline=archive.baseline).reference
+    assert reference is not None
+    return reference
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     archive = read_archive(arguments.run / "archive.db")
-    table, space = archive.known(), read_space(archive)
+    table, space = archive.known(), archive.space
     if len(table) != space.num_genotypes:
         raise SystemExit(f"{arguments.run} holds {len(table)} of {space.num_genotypes} genotypes; "
                          "the table must be whole")

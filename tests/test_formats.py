@@ -252,8 +252,10 @@ def test_flat_images_come_out_finite_and_equal_whole_and_in_tiles(tmp_path: Path
 def test_epsilons_survive_the_export(tmp_path: Path) -> None:
     """The exporter's own optimiser took `mean + 1e-24` for `mean`; a black image was divided by nothing."""
     write_checked(OneSlot("restormer").eval(), tmp_path / "net.onnx", photo=photo())
-    constants = {float(value) for entry in onnx.load(tmp_path / "net.onnx").graph.initializer
-                 for value in onnx.numpy_helper.to_array(entry).reshape(-1)[:1] if entry.data_type == 1}
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    tensors = [*graph.initializer, *(node.attribute[0].t for node in graph.node if node.op_type == "Constant")]
+    constants = {float(onnx.numpy_helper.to_array(tensor).reshape(-1)[0]) for tensor in tensors
+                 if tensor.data_type == onnx.TensorProto.FLOAT}
     assert any(0 < value < 1e-20 for value in constants) and any(9e-6 < value < 1.1e-5 for value in constants)
 
 

@@ -23,8 +23,8 @@ network: {name: restormer, dim: 8, num_blocks: [1, 1, 1, 1], num_refinement_bloc
           layer_norm: BiasFree}
 slots: {encoder_level1: [conv×1, vssd×1], latent: [conv×1, vssd×1], decoder_level1: [conv×1, vssd×1],
         refinement: [conv×1]}
-data: {train: "builtin:photos", validation: "builtin:photos", crop_px: 64, limit: 2}
-train: {steps: 250, phases: [[0, 16, 2]]}
+data: {train: "builtin:train-photos", validation: "builtin:validation-photos", crop_px: 64, limit: 2}
+train: {steps: 250, lr: 3e-3, phases: [[0, 16, 2]]}
 distill: {steps: 120, batch_size: 2, patch_px: 16}
 search: {engine: nsga2, objectives: [psnr_drop_db, macs], budget: 40, batch_size: 4}
 finetune: {steps: 250, phases: [[0, 16, 2]], taught_weight: 0.5}

@@ -52,7 +52,7 @@ class _Restore(nn.Module):
 def write_onnx(network: Network, path: Path, metadata: Mapping[str, str]) -> None:
     """Write the network with `metadata` beside its graph; raises whatever the exporter meets."""
     model = _trace(network)
-    _simplify(model)
+    simplify_graph(model)
     tidy_graph(model)
     model.metadata_props.update(metadata)
     path.write_bytes(ir.to_proto(model).SerializeToString())
@@ -71,7 +71,7 @@ def _trace(network: Network) -> ir.Model:
     return program.model
 
 
-def _simplify(model: ir.Model) -> None:
+def simplify_graph(model: ir.Model) -> None:
     """Fold what is constant, shapes above all, and drop what nothing reads; no value changes."""
     with _hushed():
         passes.InlinePass()(model)
