@@ -54,9 +54,9 @@ def test_nested_slots_of_a_wrapped_module_are_refused() -> None:
 @pytest.mark.parametrize("text", ["conv×1000000000", "identity×257", "restormer×0", "mambair×100000000000000000000"])
 def test_absurd_depths_are_refused_at_once_with_the_range(network: Network, text: str) -> None:
     choice, started = parse_choice(text), time.monotonic()
-    with pytest.raises(ValueError, match="depth of .*; allowed: 1 to 256"):
+    with pytest.raises(ValueError, match=r"depth of .*; allowed: 1 to 256"):
         build_space("s", network, choices=[choice])
-    with pytest.raises(ValueError, match="slot latent: .*; allowed: 1 to 256"):
+    with pytest.raises(ValueError, match=r"slot latent: .*; allowed: 1 to 256"):
         create_filling(network.slot("latent"), choice)
     assert time.monotonic() - started < 1
 
