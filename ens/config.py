@@ -1,131 +1,172 @@
-"""A study as YAML -> frozen dataclasses; an unknown key is an error that names the nearest key."""
+"""A study as YAML -> frozen pydantic models; an unknown key is an error that names the nearest key."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ens.atomic import write_atomic
-from ens.space import Choice, parse_choice
+from ens.space import BUILTIN, Choice, parse_choice
 
 Options = dict[str, Any]
+Section = TypeVar("Section", bound="_Section")
 
 
 class ConfigError(ValueError):
     """A study file that cannot be used; the message names the file, the key and what is allowed."""
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """`train` and `validation` are folders (relative to the study file) or `builtin:photos`; `crop_px` cuts the centre
-    of validation images, `limit` takes the first few.
+def _read_number(value: object) -> object:
+    """YAML reads 1e-3 as text: the standard wants 1.0e-3."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Number = Annotated[float, BeforeValidator(_read_number)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Steps = Annotated[int, Field(ge=1, le=100_000_000)]
+Phase = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=8, le=4096)], Annotated[int, Field(ge=1, le=65536)]]
+
+
+class _Section(BaseModel):
+    """A part of a study: nothing is converted in silence, nothing unknown is kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, values: object) -> object:
+        """An empty section (`search:`) leaves its defaults; YAML's lists are tuples."""
+        if not isinstance(values, Mapping):
+            return values
+        fields = cls.model_fields
+        return {str(key): _freeze(value) for key, value in values.items()
+                if value is not None or str(key) not in fields or fields[str(key)].default is None}
+
+
+def _freeze(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _freeze(item) for key, item in value.items()}
+    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
+
+
+class DataConfig(_Section):
+    """Where images come from. Folders are relative to the study file, or `builtin:` photos."""
+
+    train: str = Field("", description="Folder of training images, clean or with input/ and target/.")
+    validation: str = Field("builtin:photos", description="Images that choose: knee, best weights, candidates.")
+    report: str = Field("", description="Images that choose nothing, to report on; none when empty.")
+    crop_px: int | None = Field(None, ge=8, le=65536, description="Side in px of scored crops; none: whole images.")
+    crops_per_image: int = Field(1, ge=1, le=1024, description="Most crops cut from one image, spread over it.")
+    limit: int | None = Field(None, ge=1, description="Take the first images only.")
+
+
+class TrainConfig(_Section):
+    """End-to-end training. The loss is (1 − taught_weight)·L1 to the clean image + taught_weight·L1 to the output of
+    `taught_by`; a hybrid is taught by its own teacher unless `taught_by` names another.
     """
 
-    train: str = ""
-    validation: str = "builtin:photos"
-    crop_px: int | None = None
-    limit: int | None = None
+    steps: Steps = Field(300_000, description="Optimiser steps.")
+    phases: tuple[Phase, ...] = Field(((0, 128, 8),), min_length=1, description=(
+        "Progressive training: [first step, patch side in px, batch size] each; the first one starts at 0."))
+    lr: Number = Field(3e-4, gt=0, le=1, description="Learning rate of AdamW after warm-up.")
+    lr_final: Number = Field(1e-6, ge=0, le=1, description="Learning rate at the end of the cosine.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    clip_norm: Number = Field(0.1, gt=0, description="Largest norm of the gradient.")
+    ema_decay: Number = Field(0.999, ge=0, lt=1, description="Decay of the averaged weights, warmed up.")
+    taught_weight: Share = Field(0.0, description="Share of the teacher's output in the loss.")
+    taught_by: str = Field("", description="Checkpoint or builtin:NAME that teaches.")
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> Self:
+        starts = [start for start, _, _ in self.phases]
+        if starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= max(self.steps, 1):
+            raise ValueError(f"phases start at step 0 and rise, all before step {self.steps}; got {starts}")
+        return self
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """End-to-end training; `phases` are [first step, patch side in px, batch size], as in progressive training.
+class FinetuneConfig(TrainConfig):
+    """Training of the hybrids near the pick; the best weights seen on the validation images are kept."""
 
-    The loss is (1 − taught_weight)·L1 to the clean image + taught_weight·L1 to the output of `taught_by`, a checkpoint
-    or `builtin:NAME`; a hybrid is taught by its own teacher unless `taught_by` names another.
-    """
-
-    steps: int = 300_000
-    phases: tuple[tuple[int, int, int], ...] = ((0, 128, 8),)
-    lr: float = 3e-4
-    lr_final: float = 1e-6
-    warmup_steps: int = 0
-    clip_norm: float = 0.1
-    ema_decay: float = 0.999
-    taught_weight: float = 0.0
-    taught_by: str = ""
+    steps: Steps = Field(2000, description="Optimiser steps a candidate.")
+    phases: tuple[Phase, ...] = Field(((0, 64, 8),), min_length=1, description=(
+        "Progressive training: [first step, patch side in px, batch size] each; the first one starts at 0."))
+    lr: Number = Field(5e-4, gt=0, le=1, description="Learning rate of AdamW after warm-up.")
+    taught_weight: Share = Field(0.5, description="Share of the teacher's output in the loss.")
+    candidates: int = Field(1, ge=1, le=100, description="Hybrids tuned: the pick and those nearest to it.")
 
 
-@dataclass(frozen=True)
-class DistillConfig:
-    """Feature-wise distillation of the library; `group_size` surrogates are in memory at a time."""
+class DistillConfig(_Section):
+    """Feature-wise distillation of the library."""
 
-    steps: int = 1000
-    batch_size: int = 8
-    patch_px: int = 64
-    lr: float = 2e-3
-    group_size: int = 64
-    dtype: str = "float32"
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """`budget` counts unique genotypes measured, `objectives` are two or three names."""
-
-    engine: str = "ehvi"
-    objectives: tuple[str, ...] = ("psnr_drop_db", "penalty")
-    budget: int = 500
-    batch_size: int = 1
+    steps: Steps = Field(1000, description="Optimiser steps, each for every surrogate of a group.")
+    batch_size: int = Field(8, ge=1, le=65536, description="Patches a step.")
+    patch_px: int = Field(64, ge=8, le=4096, description="Side of a patch in px.")
+    lr: Number = Field(2e-3, gt=0, le=1, description="Learning rate of AdamW.")
+    group_size: int = Field(64, ge=1, description="Surrogates in memory at a time.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Type the weights are stored in.")
 
 
-@dataclass(frozen=True)
-class PenaltyConfig:
+class SearchConfig(_Section):
+    """What is measured, and who chooses it."""
+
+    engine: str = Field("ehvi", description="Search engine; `ens info` lists them.")
+    objectives: tuple[str, ...] = Field(("psnr_drop_db", "penalty"), description="Two or three, all minimised.")
+    budget: int = Field(500, ge=1, description="Unique genotypes to measure.")
+    batch_size: int = Field(1, ge=1, le=65536, description="Genotypes asked for at a time; they share prefixes.")
+
+
+class PenaltyConfig(_Section):
     """Prices of the usage penalty; defaults are those of the ENS paper's figure 3c."""
 
-    teacher: float = 2.0
-    per_block: float = 0.1
+    teacher: Number = Field(2.0, ge=0, description="Price of a whole transformer stage.")
+    per_block: Number = Field(0.1, ge=0, description="Price of one state-space or convolution block.")
+    transformers: tuple[str, ...] = Field(("restormer", "uformer"), description=(
+        "Families that cost their share of the teacher's stage."))
 
 
-@dataclass(frozen=True)
-class StudyConfig:
-    """Everything one YAML file says. `choices` apply to every slot of the `granularity`; `slots` name single ones.
+class StudyConfig(_Section):
+    """Everything one YAML file says. Give `choices` (for every slot of the granularity) or `slots` (slot: choices)."""
 
-    `teacher` is a checkpoint or `builtin:NAME`, empty to train one; `library` a folder or `builtin:NAME`, empty to
-    distil one. `network` is needed where there is no teacher to read it from.
-    """
-
-    name: str
-    task: Options
-    network: Options = field(default_factory=dict)
-    teacher: str = ""
-    library: str = ""
-    granularity: str = "stage"
-    choices: tuple[Any, ...] = ()
-    slots: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    name: str = Field(min_length=1, description="Name of the study; the file's without it.")
+    task: Options = Field(description="Task with its options: {name: denoise, sigma_255: 25}.")
+    network: Options = Field({}, description="Network to train as the teacher: {name: restormer, dim: 48}.")
+    teacher: str = Field("", description="Checkpoint or builtin:NAME; empty to train `network`.")
+    library: str = Field("", description="Library folder or builtin:NAME; empty to distil one.")
+    granularity: Literal["stage", "block"] = Field("stage", description="What a slot is.")
+    choices: tuple[Any, ...] = Field((), description="Surrogates offered in every slot: [vssd×1, conv×2].")
+    slots: dict[str, tuple[Any, ...]] = Field({}, description="Surrogates by slot: {latent: [vssd×1]}.")
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     distill: DistillConfig = DistillConfig()
     search: SearchConfig = SearchConfig()
-    finetune: TrainConfig = TrainConfig(steps=2000, phases=((0, 64, 8),), lr=5e-4, taught_weight=0.5)
+    finetune: FinetuneConfig = FinetuneConfig()
     penalty: PenaltyConfig = PenaltyConfig()
-    seed: int = 0
-    device: str = "auto"
-    threads: int = 0
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    device: str = Field("auto", description="auto, cpu, cuda, or cuda:1.")
+    threads: int = Field(0, ge=0, le=1024, description="PyTorch's threads; 0 leaves the default.")
 
-    def __post_init__(self) -> None:
-        if self.search.budget < 1 or self.search.batch_size < 1:
-            raise ConfigError("search.budget and search.batch_size are at least 1")
-        if self.granularity not in ("stage", "block"):
-            raise ConfigError(f"granularity is 'stage' or 'block', got {self.granularity!r}")
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
         if bool(self.train.taught_by) != bool(self.train.taught_weight):
-            raise ConfigError("train.taught_by and train.taught_weight go together: give both or neither")
+            raise ValueError("train.taught_by and train.taught_weight go together: give both or neither")
         if self.teacher and self.train.taught_by:
-            raise ConfigError(f"the teacher is {self.teacher}, so none is trained that {self.train.taught_by} could "
-                              "teach")
+            raise ValueError(f"the teacher is {self.teacher}, so none is trained that {self.train.taught_by} could "
+                             "teach")
+        if "name" not in self.task:
+            raise ValueError("`task` needs a name, for instance {name: denoise, sigma_255: 25}")
+        if not (self.teacher or self.library or "name" in self.network):
+            raise ValueError("give `teacher`, or `network` with a name, for instance {name: restormer}")
         if bool(self.choices) == bool(self.slots):
-            raise ConfigError("give either `choices` (for every slot) or `slots` (name: choices), and not both")
-
-
-Config = TypeVar("Config")
+            raise ValueError("give either `choices` (for every slot) or `slots` (name: choices), and not both")
+        return self
 
 
 def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> StudyConfig:
@@ -145,17 +186,106 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         raise ConfigError(f"{path} must hold keys and values, for instance `name: my_study`")
     raw.setdefault("name", path.stem)
     for key, value in (overrides or {}).items():
-        raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
+        raw[key] = {**(raw.get(key) or {}), **value} if isinstance(value, dict) else value
     try:
-        study = build_config(StudyConfig, raw)
+        return build_study(raw, folder=path.parent)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return dataclasses.replace(
-        study, teacher=_resolve(study.teacher, path), library=_resolve(study.library, path),
-        train=dataclasses.replace(study.train, taught_by=_resolve(study.train.taught_by, path)),
-        finetune=dataclasses.replace(study.finetune, taught_by=_resolve(study.finetune.taught_by, path)),
-        data=dataclasses.replace(study.data, train=_resolve(study.data.train, path),
-                                 validation=_resolve(study.data.validation, path)))
+
+
+def build_study(raw: Mapping[str, Any], *, folder: Path) -> StudyConfig:
+    """A study from plain values; locations are relative to `folder`. Raises ConfigError with the key."""
+    try:
+        study = StudyConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from None
+    return _resolve_all(study, folder)
+
+
+_LOCATIONS = ("teacher", "library", "train", "validation", "report", "taught_by")
+
+
+def _resolve_all(section: Section, folder: Path) -> Section:
+    """Make every location of a section and of those inside it absolute."""
+    changed: dict[str, Any] = {}
+    for key in type(section).model_fields:
+        value = getattr(section, key)
+        if isinstance(value, _Section):
+            changed[key] = _resolve_all(value, folder)
+        elif key in _LOCATIONS and isinstance(value, str):
+            changed[key] = _resolve(value, folder)
+    return section.model_copy(update=changed)
+
+
+def _resolve(location: str, folder: Path) -> str:
+    if not location or location.startswith(BUILTIN):
+        return location
+    return str((folder / location).resolve()) if not Path(location).is_absolute() else location
+
+
+def _describe(error: ValidationError) -> str:
+    """The first mistake as one sentence: key, what is allowed, what was given."""
+    first = error.errors()[0]
+    place, kind = first["loc"], first["type"]
+    key = ".".join(map(str, place))
+    if kind == "extra_forbidden":
+        model: Any = StudyConfig
+        for part in place[:-1]:
+            model = model.model_fields[str(part)].annotation
+        near = difflib.get_close_matches(str(place[-1]), model.model_fields, 1, 0.0)[0]
+        return f"unknown key {key}; the nearest is {'.'.join(map(str, (*place[:-1], near)))}"
+    if kind == "missing" and isinstance(place[-1], int):
+        return f"{'.'.join(map(str, place[:-1]))} has more entries than {first['input']!r}"
+    if kind == "missing":
+        return f"key {key} is missing"
+    if kind == "value_error":
+        return f"{key}{': ' if key else ''}{first['ctx']['error']}"
+    allowed = _WORDS.get(kind, first["msg"].removeprefix("Input should be "))
+    return f"{key} is {allowed.format(**first.get('ctx', {}))}, got {first['input']!r}"
+
+
+_WORDS = {"int_type": "a whole number", "float_type": "a number", "string_type": "text",
+          "model_type": "a section: it holds keys and values", "dict_type": "a section: it holds keys and values",
+          "tuple_type": "a list", "greater_than_equal": "at least {ge}", "greater_than": "more than {gt}",
+          "less_than_equal": "at most {le}", "less_than": "less than {lt}"}
+
+
+def study_schema() -> str:
+    """JSON schema of a study file (draft 2020-12), for editors that complete YAML."""
+    schema = StudyConfig.model_json_schema()
+    schema["required"] = ["task"]  # the name is the file's where it is not given
+    return json.dumps(schema, indent=1, ensure_ascii=False)
+
+
+def dump_study(study: StudyConfig) -> str:
+    """The study as YAML, every key written out."""
+    return yaml.safe_dump(json.loads(study.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+_MAY_CHANGE = ("search.budget", "device", "threads", "finetune.", "data.report")
+
+
+def check_same_run(before: StudyConfig, now: StudyConfig, out: Path) -> bool:
+    """Whether two studies of one run folder differ; raises ConfigError where they differ in what was made with them.
+
+    The budget, the device, threads, fine-tuning and report images may change.
+    """
+    flat_before, flat_now = _flatten(before.model_dump()), _flatten(now.model_dump())
+    changed = [key for key in sorted({*flat_before, *flat_now}) if flat_before.get(key) != flat_now.get(key)]
+    clashes = [f"{key}: {flat_before.get(key)} there, {flat_now.get(key)} now" for key in changed
+               if not key.startswith(_MAY_CHANGE)]
+    if clashes:
+        raise ConfigError(f"{out} holds a run of another configuration ({'; '.join(clashes)}); take another --out")
+    return bool(changed)
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
 
 
 def shipped_spaces() -> list[Path]:
@@ -196,60 +326,17 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-RUN_FILE = "study.yaml"
-_MADE = ("teacher", "library", "archive.db")
-_MAY_CHANGE = ("search.budget", "device", "threads")
-
-
-def save_run(out: Path, study: StudyConfig) -> None:
-    """Keep the study in its run folder; raises ConfigError, with the differences, where another one ran there before.
-
-    Only the budget, the device and the number of threads may change, once there is something that was made with them.
-    """
-    path = out / RUN_FILE
-    content = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(study))), sort_keys=False, allow_unicode=True)
-    if path.exists() and any((out / made).exists() for made in _MADE):
-        before, now = _flatten(yaml.safe_load(path.read_text(encoding="utf-8"))), _flatten(yaml.safe_load(content))
-        changed = [f"{key}: {before.get(key)} there, {now.get(key)} now" for key in sorted({*before, *now})
-                   if before.get(key) != now.get(key) and key not in _MAY_CHANGE]
-        if changed:
-            raise ConfigError(f"{out} holds a run of another configuration ({'; '.join(changed)}); take another --out")
-    write_atomic(path, content.encode())
-
-
-def open_run(out: Path) -> StudyConfig:
-    """The study of a run folder; raises ConfigError where there is none."""
-    if not (out / RUN_FILE).exists():
-        raise ConfigError(f"{out} is not a run folder: it has no {RUN_FILE}; "
-                          f"`ens search SPACE.yaml --out {out}` makes one")
-    return load_study(out / RUN_FILE)
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
-
-
-def _resolve(location: str, study: Path) -> str:
-    if not location or location.startswith("builtin:"):
-        return location
-    return str((study.parent / location).resolve()) if not Path(location).is_absolute() else location
-
-
 def parse_choices(entries: Sequence[Any]) -> tuple[Choice, ...]:
     """Surrogate choices of a slot: `mambair×2`, or a mapping of family, depth and the block's options."""
     choices = []
     for entry in entries:
         if isinstance(entry, Mapping):
             options = dict(entry)
-            try:
-                family, depth = str(options.pop("family")), int(options.pop("depth", 1))
-            except KeyError:
-                raise ConfigError(f"choice {dict(entry)} lacks `family`") from None
+            if "family" not in options:
+                raise ConfigError(f"choice {options} lacks `family`")
+            family, depth = str(options.pop("family")), options.pop("depth", 1)
+            if not isinstance(depth, int):
+                raise ConfigError(f"choice {dict(entry)}: depth is a whole number, got {depth!r}")
             choices.append(Choice(family, depth, tuple(sorted(options.items()))))
             continue
         try:
@@ -257,59 +344,3 @@ def parse_choices(entries: Sequence[Any]) -> tuple[Choice, ...]:
         except ValueError as error:
             raise ConfigError(str(error)) from None
     return tuple(choices)
-
-
-def build_config(kind: type[Config], raw: Mapping[str, Any], prefix: str = "", default: Any = None) -> Config:
-    """Fill a config dataclass from plain YAML values, checking keys and types; the rest is that of `default`."""
-    hints = typing.get_type_hints(kind)
-    for key in raw:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1, 0.0)
-            raise ConfigError(f"unknown key {prefix}{key}; the nearest is {prefix}{near[0]}")
-    missing = [field.name for field in dataclasses.fields(kind)  # type: ignore[arg-type]
-               if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-               and field.name not in raw]
-    if missing:
-        raise ConfigError(f"key {prefix}{missing[0]} is missing")
-    values = {key: _convert(hints[key], value, prefix + key, getattr(kind, key, None)) for key, value in raw.items()}
-    return kind(**values) if default is None else dataclasses.replace(default, **values)
-
-
-def _convert(hint: Any, value: Any, key: str, default: Any = None) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{key} holds keys and values, got {value!r}")
-        return build_config(hint, value, f"{key}.", default)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(arguments[0], value, key)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{key} is a list, got {value!r}")
-        inner = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
-        if len(inner) != len(value):
-            raise ConfigError(f"{key} has {len(inner)} entries, got {value!r}")
-        return tuple(_convert(part, item, key) for part, item in zip(inner, value, strict=True))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{key} holds keys and values, got {value!r}")
-        return {str(name): _convert(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
-    if hint is Any:
-        return value
-    if hint is float and isinstance(value, str):
-        return _float(value, key)  # YAML reads 1e-3 as text: the standard wants 1.0e-3
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{key} is {_WORDS[hint]}, got {value!r}")
-    return value
-
-
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-
-
-def _float(value: str, key: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ConfigError(f"{key} is a number, got {value!r}") from None

@@ -13,6 +13,9 @@ import numpy as np
 Genotype = tuple[int, ...]
 """One choice index per slot, in slot order; index 0 of every slot is the teacher's own stage or block."""
 
+BUILTIN = "builtin:"
+"""What starts the name of something that ships with the package, where a file may be named, too."""
+
 _LABEL = re.compile(r"^\s*(?P<family>[a-z][a-z0-9_]*)\s*[×x*]\s*(?P<depth>\d+)\s*(?:\((?P<options>[^()]+)\))?\s*$")
 
 

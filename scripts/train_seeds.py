@@ -24,7 +24,8 @@ from ens.data.tasks import create_task
 from ens.evaluate.evaluator import evaluate_restorer
 from ens.evaluate.protocols import task_protocols
 from ens.networks.checkpoints import load_checkpoint
-from ens.pipeline import Control
+from ens.run_folder import RunFolder
+from ens.runtime.process import Control
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,7 +54,7 @@ def train_and_score(name: str, run: Path, data: Path) -> str:
     study = load_study(ROOT / "scripts" / "seeds" / f"{name}.yaml")
     checkpoint, began = run / "teacher" / "teacher.safetensors", time.process_time()
     trained = not checkpoint.exists()
-    pipeline.train(study, run, Control(progress=lambda verb, done, total, note: (
+    pipeline.train(RunFolder.start(study, run), Control(progress=lambda verb, done, total, note: (
         print(f"  {name} {done}/{total} {note}", flush=True) if done % 200 == 0 else None)))
     minutes = f"{(time.process_time() - began) / 60:.1f}" if trained else "–"
     options = dict(study.task)

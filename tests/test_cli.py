@@ -11,20 +11,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from torch import nn
 
 from ens import cli, pipeline
 from ens.config import StudyConfig, TrainConfig
-from ens.pipeline import Control, Interrupted
+from ens.networks import create_network
+from ens.networks.checkpoints import save_checkpoint
+from ens.run_folder import RunFolder
+from ens.runtime.process import Control, Interrupted, Stop, is_disk_error
 
 
 @pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """Runs `ens ARGUMENTS` in this process and returns its exit code."""
+def run_cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """Runs `ens ARGUMENTS` in this process, in a folder of its own, and returns its exit code."""
+    monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*arguments: str) -> int:
-        monkeypatch.setattr(cli, "_stop", cli.Stop())
+        for key, value in vars(Stop()).items():
+            monkeypatch.setattr(cli.stop, key, value)
         monkeypatch.setattr(sys, "argv", ["ens", *arguments])
         with pytest.raises(SystemExit) as stopped:
             cli.main()
@@ -36,7 +40,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
 
 
 def failing_search(error: Exception) -> Callable[..., None]:
-    def search(study: StudyConfig, out: Path, control: Control, *, storage: str) -> None:
+    def search(run: RunFolder, control: Control) -> None:
         raise error
     return search
 
@@ -65,8 +69,8 @@ def test_a_wrapped_disk_error_is_still_one() -> None:
         except OSError as error:
             raise RuntimeError("could not save") from error
     except RuntimeError as wrapped:
-        assert cli.is_disk_error(wrapped)
-    assert not cli.is_disk_error(FileNotFoundError(errno.ENOENT, "No such file"))
+        assert is_disk_error(wrapped)
+    assert not is_disk_error(FileNotFoundError(errno.ENOENT, "No such file"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -75,7 +79,7 @@ def test_a_signal_lets_the_step_finish_and_prints_how_to_go_on(
         number: signal.Signals, code: int) -> None:
     finished = []
 
-    def search(study: StudyConfig, out: Path, control: Control, *, storage: str) -> None:
+    def search(run: RunFolder, control: Control) -> None:
         assert not control.should_stop()
         os.kill(os.getpid(), number)
         finished.append("step")
@@ -90,13 +94,13 @@ def test_a_signal_lets_the_step_finish_and_prints_how_to_go_on(
 
 def test_a_second_signal_and_one_nobody_waits_for_stop_at_once(
         run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def stubborn(study: StudyConfig, out: Path, control: Control, *, storage: str) -> None:
+    def stubborn(run: RunFolder, control: Control) -> None:
         control.should_stop()
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("still running")
 
-    def deaf(study: StudyConfig, out: Path, control: Control, *, storage: str) -> None:
+    def deaf(run: RunFolder, control: Control) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("still running")
 
@@ -108,14 +112,14 @@ def test_a_second_signal_and_one_nobody_waits_for_stop_at_once(
 def test_changes_reach_the_study(run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[StudyConfig] = []
 
-    def search(study: StudyConfig, out: Path, control: Control, *, storage: str) -> list[object]:
-        seen.append(study)
+    def search(run: RunFolder, control: Control) -> list[object]:
+        seen.append(run.study)
         return []
 
     monkeypatch.setattr(pipeline, "search", search)
     assert run_cli("search", "search_spaces/demo.yaml", "--out", "x", "--set", "search.budget=7", "--set",
                    "task.sigma_255=[0, 50]") == 0
-    assert seen[0].search.budget == 7 and seen[0].task["sigma_255"] == [0, 50] and seen[0].search.engine == "nsga2"
+    assert seen[0].search.budget == 7 and seen[0].task["sigma_255"] == (0, 50) and seen[0].search.engine == "nsga2"
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -140,10 +144,13 @@ def test_a_missing_option_is_a_usage_error(run_cli: Callable[..., int]) -> None:
 def test_a_teacher_of_ens_train_is_half_of_the_loss_unless_a_weight_says_more(
         run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[TrainConfig] = []
-    monkeypatch.setattr(pipeline, "train", lambda study, out, control: seen.append(study.train) or nn.Identity())
+    monkeypatch.setattr(pipeline, "train", lambda run, control: seen.append(run.study.train))
     teacher = str(tmp_path / "big: one.pth")
+    save_checkpoint(teacher, create_network("restormer", dim=8, num_blocks=[1] * 4, num_refinement_blocks=1,
+                                            heads=[1] * 4))
     for weight in ((), ("--teacher-weight", "0.9")):
-        assert run_cli("train", "restormer_denoise", "--out", "x", "--teacher", teacher, *weight) == 0
+        assert run_cli("train", "restormer_denoise", "--out", "x", "--teacher", teacher, *weight, "--set",
+                       "data.validation=builtin:photos") == 0
     assert [(train.taught_by, train.taught_weight) for train in seen] == [(teacher, 0.5), (teacher, 0.9)]
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from ens.config import ConfigError, StudyConfig, load_study, open_run, parse_choices, save_run
+from ens.config import ConfigError, StudyConfig, check_same_run, dump_study, load_study, parse_choices, study_schema
 from ens.space import Choice
 
-STUDY = "task: {name: denoise}\nchoices: [vssd×1]\n"
+STUDY = "task: {name: denoise}\nnetwork: {name: restormer}\nchoices: [vssd×1]\n"
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -31,14 +32,22 @@ def test_folders_are_relative_to_the_study_and_the_name_is_the_files(tmp_path: P
     ("serach: {budget: 3}", "unknown key serach; the nearest is search"),
     ("search: {budgt: 3}", r"unknown key search.budgt; the nearest is search.budget"),
     ("search: {budget: many}", "search.budget is a whole number, got 'many'"),
-    ("search: 3", "search holds keys and values"),
+    ("search: 3", "search is a section: it holds keys and values, got 3"),
     ("train: {lr: fast}", "train.lr is a number, got 'fast'"),
-    ("train: {phases: [[0, 64]]}", r"has 3 entries"),
+    ("train: {phases: [[0, 64]]}", r"train.phases.0 has more entries than \(0, 64\)"),
     ("train: {taught_weight: 0.5}", "go together"),
-    ("search: {budget: 0}", "at least 1"),
+    ("search: {budget: 0}", "search.budget is at least 1, got 0"),
+    ("search: {budget: true}", "search.budget is a whole number, got True"),
+    ("train: {lr: 5}", "train.lr is at most 1.0, got 5"),
+    ("distill: {dtype: int8}", "distill.dtype is 'float32', 'float16' or 'bfloat16', got 'int8'"),
+    ("distill: {steps: -3}", "distill.steps is at least 1, got -3"),
+    ("finetune: {phases: [[3, 64, 8]]}", r"phases start at step 0 and rise, all before step 2000; got \[3\]"),
+    ("finetune: {candidates: 0}", "finetune.candidates is at least 1, got 0"),
+    ("data: {report: 3}", "data.report is text, got 3"),
     ("teacher: a.pth\ntrain: {taught_by: b.pth, taught_weight: 0.5}", "so none is trained"),
     ("granularity: layer", "'stage' or 'block'"),
     ("slots: {latent: [vssd×1]}", "either `choices`"),
+    ("network:", "give `teacher`, or `network` with a name"),
     ("a: [", "not valid YAML"),
 ])
 def test_a_mistake_is_one_clear_sentence(tmp_path: Path, text: str, message: str) -> None:
@@ -56,8 +65,6 @@ def test_missing_files_keys_and_folders_are_named(tmp_path: Path) -> None:
         load_study(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match="key task is missing"):
         load_study(write(tmp_path, "choices: [vssd×1]"))
-    with pytest.raises(ConfigError, match="not a run folder"):
-        open_run(tmp_path)
 
 
 def test_overrides_replace_single_keys_of_a_section(tmp_path: Path) -> None:
@@ -75,19 +82,37 @@ def test_choices_are_labels_or_mappings() -> None:
         parse_choices([{"depth": 1}])
 
 
-def test_a_run_folder_keeps_its_study_and_refuses_another(tmp_path: Path) -> None:
+def test_a_dumped_study_is_the_same_study(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, STUDY + "data: {train: photos}\ntrain: {phases: [[0, 64, 2], [3, 96, 1]]}"))
+    (tmp_path / "again.yaml").write_text(dump_study(study), encoding="utf-8")
+    assert load_study(tmp_path / "again.yaml") == study
+
+
+def test_budget_device_threads_fine_tuning_and_report_images_may_change_and_nothing_else(tmp_path: Path) -> None:
     study = load_study(write(tmp_path, STUDY))
-    save_run(tmp_path / "run", study)
-    assert open_run(tmp_path / "run") == study
-    save_run(tmp_path / "run", load_study(write(tmp_path, STUDY + "search: {budget: 7}")))
-    assert open_run(tmp_path / "run").search.budget == 7
-    (tmp_path / "run" / "archive.db").touch()
+    changes = "search: {budget: 7}\nfinetune: {steps: 3}\ndata: {report: r}\nthreads: 2"
+    same = load_study(write(tmp_path, STUDY + changes))
+    assert not check_same_run(study, study, tmp_path) and check_same_run(study, same, tmp_path)
     with pytest.raises(ConfigError, match="seed: 0 there, 1 now"):
-        save_run(tmp_path / "run", load_study(write(tmp_path, STUDY + "seed: 1\nsearch: {budget: 7}")))
+        check_same_run(study, load_study(write(tmp_path, STUDY + "seed: 1\nsearch: {budget: 7}")), tmp_path)
+
+
+def test_an_empty_section_leaves_its_defaults(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, STUDY + "search:\ntrain:\nseed:\n"), {"search": {"budget": 3}})
+    assert study.search.budget == 3 and study.train.steps == 300_000 and study.seed == 0
+
+
+def test_the_schema_describes_every_key_with_its_bounds() -> None:
+    schema = json.loads(study_schema())
+    sections = [schema, *schema["$defs"].values()]
+    silent = [key for section in sections for key, field in section["properties"].items()
+              if "description" not in field and "$ref" not in field]
+    assert not silent and schema["required"] == ["task"]
+    assert schema["$defs"]["SearchConfig"]["properties"]["budget"]["minimum"] == 1
 
 
 def test_the_paper_is_the_default() -> None:
-    study = StudyConfig(name="s", task={"name": "denoise"}, choices=("mambair×2",))
+    study = StudyConfig(name="s", task={"name": "denoise"}, network={"name": "restormer"}, choices=("mambair×2",))
     assert (study.search.engine, study.search.budget, study.search.objectives) == (
         "ehvi", 500, ("psnr_drop_db", "penalty"))
     assert (study.penalty.teacher, study.penalty.per_block) == (2.0, 0.1)
@@ -96,13 +121,3 @@ def test_the_paper_is_the_default() -> None:
 def test_a_section_keeps_its_own_defaults_for_keys_that_are_not_given(tmp_path: Path) -> None:
     finetune = load_study(write(tmp_path, STUDY + "finetune: {steps: 3}")).finetune
     assert (finetune.steps, finetune.taught_weight, finetune.phases) == (3, 0.5, ((0, 64, 8),))
-
-
-def test_a_mistake_that_made_nothing_yet_can_be_corrected_in_the_same_run_folder(tmp_path: Path) -> None:
-    path, out = write(tmp_path, STUDY), tmp_path / "run"
-    save_run(out, load_study(path, {"seed": 1}))
-    save_run(out, load_study(path, {"seed": 2}))
-    (out / "teacher").mkdir()
-    with pytest.raises(ConfigError, match=r"seed: 2 there, 3 now"):
-        save_run(out, load_study(path, {"seed": 3}))
-    assert open_run(out).seed == 2

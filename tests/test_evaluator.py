@@ -12,8 +12,10 @@ from torch import nn
 
 from ens.data.images import Fingerprint
 from ens.data.pairs import ValidationImage, ValidationSet
+from ens.evaluate.cost import _LiveBytes as LiveBytes
 from ens.evaluate.cost import build_cost_table, count_cost
-from ens.evaluate.evaluator import Evaluator
+from ens.evaluate.evaluator import CACHE_BYTES, Evaluator
+from ens.evaluate.meters import build_meters
 from ens.evaluate.metrics import score
 from ens.evaluate.protocols import find_protocol
 from ens.networks import create_network
@@ -53,11 +55,14 @@ def test_prefix_cache_changes_no_measurement(names: list[str]) -> None:
     net = network()
     space = space_of(net, names, [Choice("conv", 1), Choice("vssd", 1)])
     fillings, photos = fillings_of(net, space), images()
-    costs = build_cost_table(net, space, height=32, width=32)
-    evaluator = Evaluator(copy.deepcopy(net), space, fillings, images=photos, protocol=PROTOCOL, costs=costs)
     genotypes = list(space.enumerate())
     np.random.default_rng(0).shuffle(genotypes)
-    for genotype in [*sorted(genotypes), *genotypes[:9]]:
+    measurements = [measurement for cache_bytes in (CACHE_BYTES, 300_000, 0)
+                    for batch in (genotypes[:9], genotypes)
+                    for measurement in evaluator_of(net, space, fillings, photos, cache_bytes).evaluate(batch)]
+    assert [measurement.genotype for measurement in measurements[:9]] == genotypes[:9]
+    for measured in measurements:
+        genotype = measured.genotype
         hybrid = copy.deepcopy(net)
         for slot, row, index in zip(space.slots, fillings, genotype, strict=True):
             if index:
@@ -67,37 +72,77 @@ def test_prefix_cache_changes_no_measurement(names: list[str]) -> None:
         with torch.inference_mode():
             expected = tuple(score(hybrid(photo.degraded[None])[0], photo.clean, PROTOCOL).psnr_db
                              for photo in photos.images)
-        measured = evaluator.measure(tuple(genotype))
         assert measured.psnr_db == expected
         assert measured.values["params"] == sum(p.numel() for p in hybrid.parameters())
-        assert measured.values["macs"] == count_cost(hybrid, (1, 3, 32, 32)).macs
+        assert measured.values["psnr_drop_db"] == pytest.approx(30 - np.mean(expected))
+        assert measured.values["penalty"] == space.penalty(genotype)
 
 
-def test_lexicographic_order_runs_each_prefix_once() -> None:
+def evaluator_of(net: Network, space: SearchSpace, fillings: list[list[nn.Module | str | None]],
+                 photos: ValidationSet, cache_bytes: int = CACHE_BYTES) -> Evaluator:
+    return Evaluator(net, space, fillings, images=photos, protocol=PROTOCOL, meters=build_meters(net, space),
+                     teacher_psnr_db=[30.0] * len(photos.images), cache_bytes=cache_bytes)
+
+
+def test_a_batch_runs_each_prefix_once_an_image() -> None:
     net = network()
     space = space_of(net, ["encoder_level1", "latent"], [Choice("conv", 1)])
-    fillings = fillings_of(net, space)
-    costs = build_cost_table(net, space, height=16, width=16)
-    evaluator = Evaluator(net, space, fillings, images=images(1), protocol=PROTOCOL, costs=costs)
-    list(evaluator.evaluate(sorted(space.enumerate())))
+    evaluator = evaluator_of(net, space, fillings_of(net, space), images(3))
+    list(evaluator.evaluate(sorted(space.enumerate(), reverse=True)))
     first, second, steps = net.slot_step("encoder_level1"), net.slot_step("latent"), len(net.steps)
-    assert evaluator.steps_run == first + 2 * (second - first) + 4 * (steps - second)
+    assert evaluator.steps_run == 3 * (first + 2 * (second - first) + 4 * (steps - second))
 
 
-def test_what_cannot_be_built_and_nan_are_invalid_measurements() -> None:
+def test_states_are_kept_for_one_image_at_a_time() -> None:
+    """Peak of live tensors, counted on the way: four images need no more than one."""
     net = network()
-    space = space_of(net, ["latent"], [Choice("conv", 1), Choice("vssd", 1)])
+    space = space_of(net, ["encoder_level1", "latent"], [Choice("conv", 1)])
+    peaks = []
+    for count in (1, 4):
+        same = ValidationSet(images(1).images * count, images(1).fingerprint)
+        evaluator = evaluator_of(net, space, fillings_of(net, space), same)
+        with LiveBytes() as live:
+            list(evaluator.evaluate(list(space.enumerate())))
+        peaks.append(live.peak)
+    assert peaks[1] <= 1.05 * peaks[0]
+
+
+def test_what_cannot_be_built_raises_or_is_nan_is_an_invalid_measurement_that_says_why() -> None:
+    class Raises(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("sizes do not fit")
+
+    net = network()
+    space = space_of(net, ["latent"], [Choice("conv", 1), Choice("vssd", 1), Choice("vssd", 2)])
     broken = create_filling(net.slot("latent"), Choice("conv", 1))
     with torch.no_grad():
         for value in broken.parameters():
             value.fill_(float("nan"))
-    costs = build_cost_table(net, space, height=16, width=16)
-    evaluator = Evaluator(net, space, [[None, broken, "vssd×1 of latent failed"]], images=images(1), protocol=PROTOCOL,
-                          costs=costs)
-    teacher, nan, missing = evaluator.evaluate([(0,), (1,), (2,)])
-    assert teacher.valid
+    evaluator = evaluator_of(net, space, [[None, broken, "vssd×1 of latent failed", Raises()]], images(2))
+    teacher, nan, missing, raised = evaluator.evaluate([(0,), (1,), (2,), (3,)])
+    assert teacher.valid and len(teacher.psnr_db) == 2
     assert not nan.valid and "not finite" in nan.note
     assert not missing.valid and "failed" in missing.note
+    assert not raised.valid and raised.note == "RuntimeError: sizes do not fit"
+
+
+def test_memory_that_runs_out_is_nobodys_fault() -> None:
+    class Greedy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 GB")
+
+    net = network()
+    space = space_of(net, ["latent"], [Choice("conv", 1)])
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        evaluator_of(net, space, [[None, Greedy()]], images(1)).measure((1,))
+
+
+def test_the_teacher_that_was_given_stays_the_teacher() -> None:
+    net = network()
+    space = space_of(net, ["latent"], [Choice("conv", 1)])
+    own = net.get_submodule("latent")
+    evaluator_of(net, space, fillings_of(net, space), images(1)).measure((1,))
+    assert net.get_submodule("latent") is own
 
 
 def test_macs_and_parameters_match_hand_counts() -> None:

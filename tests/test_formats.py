@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -21,10 +22,11 @@ from ens.blocks import FAMILIES, create_stack
 from ens.blocks.directions import DirectionalScan
 from ens.blocks.vimm import MambaMixer
 from ens.data.images import read_photo, to_float
-from ens.export.formats import ExportError, export_onnx, measure_parity, write_card
+from ens.export.formats import FORMATS, ExportError, measure_parity, write_card, write_checked
 from ens.export.hybrid import build_hybrid
 from ens.networks import create_network
 from ens.networks.steps import Network, SlotSpec, Step, create_filling
+from ens.runtime.tiling import restore_tiled
 from ens.space import Choice
 
 PHOTOS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "cbsd68"
@@ -71,7 +73,7 @@ def operators(path: Path) -> Counter[str]:
 def test_every_family_runs_in_onnx_runtime_at_sizes_never_seen(tmp_path: Path, family: str) -> None:
     torch.manual_seed(0)
     network = OneSlot(family).eval()
-    error = export_onnx(network, tmp_path / "net.onnx", photo=photo())
+    error = write_checked(network, tmp_path / "net.onnx", photo=photo())
     assert error <= 1e-4
     for size in ((2, 2), (34, 18), (70, 200)):
         image = torch.rand(1, 3, *size)
@@ -105,7 +107,7 @@ def _is_mean(array: np.ndarray) -> bool:
 
 def test_restormer_block_is_lean_and_the_file_describes_itself(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    assert export_onnx(OneSlot("restormer"), tmp_path / "net.onnx", photo=photo(), facts={"task": "denoise"}) <= 1e-5
+    assert write_checked(OneSlot("restormer"), tmp_path / "net.onnx", photo=photo(), facts={"task": "denoise"}) <= 1e-5
     check_lean(tmp_path / "net.onnx", blocks=1, unshuffles=1)
     metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "net.onnx").metadata_props}
     assert metadata == {"format": "ens onnx 1", "size_multiple": "2", "upscale": "1", "channels": "3",
@@ -117,19 +119,19 @@ def test_restormer_and_a_hybrid_of_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = create_network("restormer", dim=16, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, heads=(1, 2, 4, 8),
                              layer_norm="BiasFree")
-    assert export_onnx(teacher, tmp_path / "net.onnx", photo=photo()) <= 1e-5
+    assert write_checked(teacher, tmp_path / "net.onnx", photo=photo()) <= 1e-5
     check_lean(tmp_path / "net.onnx", blocks=8, unshuffles=3)
     families = ("vssd", "conv", "identity", "plk")
     hybrid = build_hybrid(teacher, {spec.name: create_filling(spec, Choice(family, 1))
                                     for spec, family in zip(teacher.slots, families, strict=False)})
-    assert export_onnx(hybrid, tmp_path / "net.onnx", photo=photo()) <= 1e-5
+    assert write_checked(hybrid, tmp_path / "net.onnx", photo=photo()) <= 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SCANS)
 def test_selective_scans_export_as_one_scan_and_the_card_says_slow(tmp_path: Path, family: str) -> None:
     torch.manual_seed(0)
-    export_onnx(OneSlot(family).eval(), tmp_path / "net.onnx", photo=photo(), tolerance=1e-5)
+    write_checked(OneSlot(family).eval(), tmp_path / "net.onnx", photo=photo(), tolerance=1e-5)
     assert operators(tmp_path / "net.onnx")["Scan"] == 1
     write_card(tmp_path / "net.yaml", {}, model="net.onnx")
     assert "slow" in yaml.safe_load((tmp_path / "net.yaml").read_text(encoding="utf-8"))["note"]
@@ -164,22 +166,23 @@ def test_no_file_where_the_export_is_not_the_network(tmp_path: Path, module: nn.
     network.fill("body", module)
     (tmp_path / "net.onnx").write_bytes(b"the file of before")
     with pytest.raises(ExportError, match=expected):
-        export_onnx(network, tmp_path / "net.onnx", photo=photo())
+        write_checked(network, tmp_path / "net.onnx", photo=photo())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"net.onnx": b"the file of before"}
 
 
 def test_parity_notices_weights_of_another_network(tmp_path: Path) -> None:
     network = OneSlot("identity")
-    export_onnx(network, tmp_path / "net.onnx", photo=photo())
-    assert measure_parity(network, tmp_path / "net.onnx", photo=photo()) < 1e-6
-    assert measure_parity(OneSlot("identity"), tmp_path / "net.onnx", photo=photo()) > 1e-2
+    write_checked(network, tmp_path / "net.onnx", photo=photo())
+    opened = FORMATS[".onnx"].open(tmp_path / "net.onnx", None).run
+    assert measure_parity(network, opened, photo=photo()) < 1e-6
+    assert measure_parity(OneSlot("identity"), opened, photo=photo()) > 1e-2
 
 
 def test_wrong_photo_and_clashing_facts_are_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\(1, 3, H, W\), got \(1, 1, 8, 8\)"):
-        export_onnx(OneSlot("identity"), tmp_path / "net.onnx", photo=torch.rand(1, 1, 8, 8))
+        write_checked(OneSlot("identity"), tmp_path / "net.onnx", photo=torch.rand(1, 1, 8, 8))
     with pytest.raises(ValueError, match="channels"):
-        export_onnx(OneSlot("identity"), tmp_path / "net.onnx", photo=photo(), facts={"channels": "4"})
+        write_checked(OneSlot("identity"), tmp_path / "net.onnx", photo=photo(), facts={"channels": "4"})
 
 
 @contextlib.contextmanager
@@ -196,7 +199,7 @@ def test_the_code_of_the_card_restores_a_photo_without_ens(tmp_path: Path) -> No
     torch.manual_seed(0)
     upscale = 2
     network = OneSlot("identity", upscale=upscale).eval()
-    export_onnx(network, tmp_path / "net.onnx", photo=photo())
+    write_checked(network, tmp_path / "net.onnx", photo=photo())
     facts = {"genotype": "0-1", "protocol": "denoise-color-awgn", "choice": Choice("mambair", 2).label}
     write_card(tmp_path / "net.yaml", facts, model="net.onnx")
     card = yaml.safe_load((tmp_path / "net.yaml").read_text(encoding="utf-8"))
@@ -212,3 +215,58 @@ def test_the_code_of_the_card_restores_a_photo_without_ens(tmp_path: Path) -> No
     assert got.shape == (13 * upscale, 22 * upscale, 3)
     # The card pads by mirroring with the edge pixel, ens without it: only the last pixels see the difference.
     assert np.abs(got - expected.clamp(0, 1).numpy())[:-6 * upscale, :-6 * upscale].max() <= 0.502 / 255
+
+
+BLACK = Path(__file__).resolve().parents[1].parent / "shared" / "cases" / "black64.png"
+
+
+def flat_images() -> dict[str, Tensor]:
+    """Black (the file of a bug report where there is one), white, constant, half-black: what kills an epsilon."""
+    black = torch.from_numpy(to_float(read_photo(BLACK).pixels).transpose(2, 0, 1).copy())[None].expand(-1, 3, -1, -1) \
+        if BLACK.exists() else torch.zeros(1, 3, 64, 64)
+    half = torch.full((1, 3, 64, 64), 0.6)
+    half[..., :32] = 0
+    flat = {"white": torch.ones(1, 3, 64, 64), "constant": torch.full((1, 3, 64, 64), 0.3)}
+    return {"black": black, **flat, "half": half}
+
+
+@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow if family == "ssd" else ())
+                                    for family in FAMILIES if family not in SCANS])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_flat_images_come_out_finite_and_equal_whole_and_in_tiles(tmp_path: Path, family: str, suffix: str) -> None:
+    torch.manual_seed(0)
+    network = OneSlot(family).eval()
+    path = tmp_path / f"net{suffix}"
+    write_checked(network, path, photo=photo())
+    opened = FORMATS[suffix].open(path, None).run
+    for name, image in flat_images().items():
+        with torch.no_grad():
+            whole = network.restore(image)
+            tiled = restore_tiled(network.restore, image, tile_px=24, overlap_px=8, size_multiple=2)
+        for got, expected in ((opened(image), whole),
+                              (restore_tiled(opened, image, tile_px=24, overlap_px=8, size_multiple=2), tiled)):
+            assert torch.isfinite(got).all(), name
+            assert (got - expected).norm() <= 1e-4 * expected.norm().clamp_min(1e-3), name
+
+
+def test_epsilons_survive_the_export(tmp_path: Path) -> None:
+    """The exporter's own optimiser took `mean + 1e-24` for `mean`; a black image was divided by nothing."""
+    write_checked(OneSlot("restormer").eval(), tmp_path / "net.onnx", photo=photo())
+    constants = {float(value) for entry in onnx.load(tmp_path / "net.onnx").graph.initializer
+                 for value in onnx.numpy_helper.to_array(entry).reshape(-1)[:1] if entry.data_type == 1}
+    assert any(0 < value < 1e-20 for value in constants) and any(9e-6 < value < 1.1e-5 for value in constants)
+
+
+def test_memory_and_disk_that_run_out_blame_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (MemoryError("no memory"), OSError(28, "No space left on device")):
+        def fail(*arguments: object, error: BaseException = error) -> None:
+            raise error
+        monkeypatch.setitem(FORMATS, ".onnx", dataclasses.replace(FORMATS[".onnx"], write=fail))
+        with pytest.raises(type(error)):
+            write_checked(OneSlot("identity"), tmp_path / "net.onnx", photo=photo())
+        assert not list(tmp_path.iterdir())
+
+
+def test_another_suffix_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"net\.tflite: the suffix .* one of \.onnx"):
+        write_checked(OneSlot("identity"), tmp_path / "net.tflite", photo=photo())

@@ -60,11 +60,20 @@ def test_history_never_falls_and_ends_at_the_whole() -> None:
     assert (np.diff(history) >= 0).all() and history[-1] == pytest.approx(hypervolume(points, (1, 1, 1)))
 
 
-def test_the_knee_is_furthest_from_the_line_between_the_extremes() -> None:
+def test_the_knee_is_the_point_nearest_to_the_ideal_corner() -> None:
     front = np.array([[0.0, 10.0], [0.1, 6.0], [0.3, 2.0], [0.7, 1.5], [1.0, 0.0]])
-    scaled = front / [1, 10]
-    distance = np.abs(scaled[:, 0] + scaled[:, 1] - 1) / np.sqrt(2)
-    assert knee(front) == int(distance.argmax()) == 2
+    distance = np.hypot(front[:, 0], front[:, 1] / 10)
+    assert knee(front) == int(distance.argmin()) == 2
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_concave_linear_and_convex_fronts_have_their_knee_where_it_may_be(power: float) -> None:
+    """Concave (0.5): no member is below the line between the extremes; the first may be left out as the teacher."""
+    drop = np.linspace(0, 1, 11)
+    front = np.stack([drop, (1 - drop) ** power], axis=1)
+    assert knee(front, np.arange(11) > 0) > 0
+    if power >= 1:
+        assert 0 < knee(front) < 10
 
 
 def test_the_knee_ignores_units() -> None:

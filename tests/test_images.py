@@ -209,10 +209,12 @@ def test_listing_is_sorted_and_skips_what_is_no_image(tmp_path: Path) -> None:
 
 def test_fingerprint_knows_pixels_not_order() -> None:
     first, second = pixels(3), pixels(3, size=(17, 13))
-    print_a = fingerprint_images([first, second, first])
-    assert print_a == fingerprint_images([second, first, first]) and print_a.count == 3
+    print_a = fingerprint_images([first, second, first], [first, second, first])
+    assert print_a == fingerprint_images([second, first, first], [second, first, first]) and print_a.count == 3
     assert print_a.sizes == (("17×13", 2), ("13×17", 1)) and "3 images, 2×(17×13), 13×17" in str(print_a)
     changed = first.copy()
     changed[0, 0, 0] ^= 1
-    assert fingerprint_images([changed, second, first]).sha256 != print_a.sha256
-    assert fingerprint_images([first.swapaxes(0, 1)]).sha256 != fingerprint_images([first]).sha256
+    assert fingerprint_images([first, second, first], [changed, second, first]).sha256 != print_a.sha256
+    assert "3 pairs" in str(fingerprint_images([first, second, first], [first, second, first], paired=True))
+    turned = first.swapaxes(0, 1)
+    assert fingerprint_images([turned], [turned]).sha256 != fingerprint_images([first], [first]).sha256

@@ -137,3 +137,24 @@ def test_mistakes_are_told() -> None:
         with pytest.raises(ValueError, match=message):
             run_search(engine=create_engine("random", SPACE, seed=0), objectives=names, known={},
                        evaluate=lambda batch: [], record=lambda _: None, budget=budget, batch_size=batch_size)
+
+
+def test_an_exhaustive_search_looks_at_every_genotype_once() -> None:
+    """Entries looked at, not seconds: a quadratic walk would look at thirty million."""
+    looked = 0
+
+    class CountedSpace(SearchSpace):
+        def enumerate(self) -> Iterator[Genotype]:
+            nonlocal looked
+            for genotype in super().enumerate():
+                looked += 1
+                yield genotype
+
+    choices = (Choice("restormer", 1, teacher=True), *(Choice("conv", depth) for depth in range(1, 6)))
+    space = CountedSpace("table", tuple(Slot(str(index), choices) for index in range(5)))  # 7,776
+    engine = create_engine("exhaustive", space, seed=0)
+    measured = run_search(engine=engine, objectives=("psnr_drop_db", "macs"), known={},
+                          evaluate=lambda batch: [Measurement(genotype, {"psnr_drop_db": 0.0, "macs": 1.0})
+                                                  for genotype in batch],
+                          record=lambda measurement: None, budget=10_000)
+    assert len(measured) == looked == space.num_genotypes

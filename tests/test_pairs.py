@@ -105,7 +105,7 @@ def test_synthetic_patches_equal_patches_of_the_whole_degraded_image(name: str) 
 
 def load_whole(image: Pixels, name: str) -> Pixels:
     task = create_task(name)
-    return to_pixels(task.degrade_for_validation(task.prepare(image.astype(np.float32) / np.float32(255)), 0))
+    return to_pixels(task.degrade_for_validation(task.prepare(image.astype(np.float32) / np.float32(255))))
 
 
 def test_augmentation_does_not_turn_the_rain() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import pkgutil
+import resource
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -12,13 +17,14 @@ import pytest
 import torch
 
 from ens import pipeline
-from ens.config import ConfigError, StudyConfig, load_study, save_run
+from ens.config import ConfigError, StudyConfig, load_study
 from ens.data.folders import find_pairs
 from ens.data.images import read_photo
-from ens.data.pairs import load_validation_set
+from ens.data.pairs import degrade_photo, load_validation_set
 from ens.data.tasks import create_task
-from ens.distill.library import LibraryError, open_library
+from ens.distill.library import Library, LibraryError, open_library
 from ens.evaluate.cost import count_cost
+from ens.evaluate.evaluator import list_psnr_db
 from ens.evaluate.metrics import score
 from ens.evaluate.protocols import task_protocols
 from ens.export.formats import ExportError
@@ -26,17 +32,19 @@ from ens.export.hybrid import build_hybrid, load_hybrid, read_facts
 from ens.networks import create_network
 from ens.networks.checkpoints import load_checkpoint, save_checkpoint
 from ens.pareto.archive import read_archive
-from ens.pipeline import Control
+from ens.run_folder import RunFolder
+from ens.runtime.process import Control, Interrupted
+from ens.runtime.session import open_session, restore_files
 from ens.space import format_genotype
-from ens.study import read_space, summarise_space
 
 STUDY = """
 task: {name: denoise, sigma_255: 25}
 network: {name: restormer, dim: 8, num_blocks: [1, 1, 1, 2], num_refinement_blocks: 1, heads: [1, 1, 2, 2],
           layer_norm: BiasFree}
 slots: {latent: [restormer×1, vssd×1], encoder_level2: [conv×1, identity×1]}
-data: {train: "builtin:photos", validation: "builtin:photos", crop_px: 32, limit: 2}
-train: {steps: 3, phases: [[0, 16, 2]]}
+data: {train: "builtin:train-photos", validation: "builtin:validation-photos", report: "builtin:report-photos",
+       crop_px: 32, limit: 2}
+train: {steps: 20, lr: 5e-3, phases: [[0, 24, 4]]}
 distill: {steps: 3, batch_size: 2, patch_px: 16, dtype: float16}
 search: {engine: exhaustive, objectives: [psnr_drop_db, macs], budget: 9, batch_size: 4}
 finetune: {steps: 2, phases: [[0, 16, 2]], taught_weight: 0.5}
@@ -53,7 +61,7 @@ def write_study(folder: Path) -> StudyConfig:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StudyConfig, Path, Path]]:
     folder = tmp_path_factory.mktemp("road")
     study = write_study(folder)
-    yield study, folder / "run", pipeline.run(study, folder / "run")
+    yield study, folder / "run", pipeline.run_all(RunFolder.start(study, folder / "run"))
 
 
 def test_one_command_leaves_every_file(finished: tuple[StudyConfig, Path, Path]) -> None:
@@ -74,7 +82,7 @@ def test_exhaustive_search_of_two_demo_slots_equals_a_brute_force_without_cache(
     study = load_study("search_spaces/demo.yaml", {
         "choices": [], "slots": {"latent": ["restormer×1", "conv×2"], "refinement": ["vssd×1(state=16)", "conv×1"]},
         "data": {"crop_px": 64, "limit": 1}, "search": {"engine": "exhaustive", "budget": 9}})
-    pipeline.search(study, tmp_path / "run")
+    pipeline.search(RunFolder.start(study, tmp_path / "run"))
     check_by_brute_force(study, tmp_path / "run", num_genotypes=9)
 
 
@@ -82,8 +90,9 @@ def check_by_brute_force(study: StudyConfig, out: Path, *, num_genotypes: int) -
     library = open_library(study.library or out / "library")
     teacher = library.load_teacher()
     task = create_task("denoise", {"sigma_255": 25})
-    images = load_validation_set(study.data.validation, task, crop_px=study.data.crop_px, limit=study.data.limit).images
-    space = read_space(study, teacher)
+    images = load_validation_set(study.data.validation, task, crop_px=study.data.crop_px, limit=study.data.limit,
+                                 crops_per_image=study.data.crops_per_image).images
+    space = RunFolder.reopen(out).space
     measured = read_archive(out / "archive.db").known()
     assert len(measured) == space.num_genotypes == num_genotypes
 
@@ -105,14 +114,14 @@ def check_by_brute_force(study: StudyConfig, out: Path, *, num_genotypes: int) -
 def test_receptive_fields_of_a_slot_are_drawn_for_every_state_there_is(
         tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
     _, out, onnx = finished
-    maps = pipeline.inspect_erf(out, "latent", tmp_path / "erf.png")
+    maps = pipeline.inspect_erf(RunFolder.reopen(out), "latent", tmp_path / "erf.png")
     tuned = int(onnx.stem.split("-")[1])  # the latent stage is the second of the two slots
     assert list(maps) == ["restormer×2", "restormer×1", "vssd×1"] and list(maps["restormer×2"]) == ["teacher"]
     for index, choice in enumerate(list(maps)[1:], 1):
         assert list(maps[choice]) == ["before", "distilled", *(["fine-tuned"] if index == tuned else [])]
     assert read_photo(tmp_path / "erf.png").pixels.std() > 0
     with pytest.raises(ValueError, match="it searches encoder_level2, latent"):
-        pipeline.inspect_erf(out, "refinement", tmp_path / "erf.png")
+        pipeline.inspect_erf(RunFolder.reopen(out), "refinement", tmp_path / "erf.png")
 
 
 def test_a_hybrid_that_cannot_be_exported_leaves_the_front_and_stays_visible(
@@ -120,42 +129,99 @@ def test_a_hybrid_that_cannot_be_exported_leaves_the_front_and_stays_visible(
     def fail(*arguments: object, **options: object) -> float:
         raise ExportError("differs by 1e-2")
     _, out, _ = finished
-    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("*.lock"))
-    front, _, _ = pipeline.pareto(tmp_path / "run")
+    run = copied(out, tmp_path)
+    front = run.front()
     genotype = front.members[front.knee].genotype
-    monkeypatch.setattr(pipeline, "export_onnx", fail)
+    monkeypatch.setattr("ens.export.formats.write_checked", fail)
     with pytest.raises(ExportError, match=f"{format_genotype(genotype)} is marked invalid"):
-        pipeline.export(tmp_path / "run", format_genotype(genotype))
-    after, _, archive = pipeline.pareto(tmp_path / "run")
-    assert genotype not in [member.genotype for member in after.members]
-    (invalid,) = [measurement for measurement in archive.measurements() if not measurement.valid]
+        pipeline.export(run, format_genotype(genotype))
+    assert genotype not in [member.genotype for member in run.front().members]
+    (invalid,) = [measurement for measurement in run.archive.measurements() if not measurement.valid]
     assert invalid.genotype == genotype and invalid.note == "export failed: differs by 1e-2"
+
+
+def copied(out: Path, folder: Path, changes: Mapping[str, Any] | None = None) -> RunFolder:
+    if not (folder / "run").exists():
+        shutil.copytree(out, folder / "run", ignore=shutil.ignore_patterns("*.lock"))
+    return RunFolder.reopen(folder / "run", changes)
 
 
 def test_a_second_teacher_and_its_weight_replace_those_of_the_study(
         tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
     _, out, _ = finished
     said: list[str] = []
-    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns("*.lock"))
-    other = pipeline.finetune(tmp_path / "run", "0-0", Control(say=said.append), taught_weight=0.25,
-                              taught_by=str(out / "teacher" / "teacher.safetensors"))
+    other = {"finetune": {"taught_weight": 0.25, "taught_by": str(out / "teacher" / "teacher.safetensors")}}
+    run = copied(out, tmp_path, other)
+    pipeline.finetune(run, "0-1", Control(say=said.append))
     assert "finetune: the loss is 0.75·L1 to the target + 0.25·L1 to the teacher's output" in said
     larger = create_network("plksr", dim=8, n_blocks=1, kernel_size=3, upscaling_factor=2)
     save_checkpoint(tmp_path / "x2.safetensors", larger)
     with pytest.raises(ValueError, match="both must restore at the same scale"):
-        pipeline.finetune(tmp_path / "run", "0-1", taught_by=str(tmp_path / "x2.safetensors"))
-    with pytest.raises(ValueError, match="from 0 to 1, got 2"):
-        pipeline.finetune(tmp_path / "run", "1-0", taught_weight=2)
-    assert other.exists()
+        pipeline.finetune(copied(out, tmp_path, {"finetune": {"taught_by": str(tmp_path / "x2.safetensors")}}), "0-1")
+    with pytest.raises(ConfigError, match="taught_weight is at most 1"):
+        copied(out, tmp_path, {"finetune": {"taught_weight": 2}})
+
+
+def test_another_recipe_is_tuned_beside_the_first_and_the_better_one_is_exported(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, onnx = finished
+    genotype = onnx.stem
+    first = copied(out, tmp_path)
+    longer = copied(out, tmp_path, {"finetune": {"steps": 12, "lr": 2e-3, "phases": [[0, 24, 4]]}})
+    assert pipeline.finetune(longer, genotype) == pipeline.finetune(first, genotype)
+    assert len(longer.hybrids.list_tuned()) == 2
+    after = [float(read_facts(path)["psnr_db_after"]) for path in longer.hybrids.list_tuned()]
+    pipeline.export(longer, genotype)
+    exported = read_facts(longer.hybrids.exported(longer.pick(genotype)).with_suffix(".safetensors"))
+    assert float(exported["psnr_db_after"]) == max(after)
+
+
+def test_fine_tuning_that_hurts_keeps_the_weights_it_started_with(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, onnx = finished
+    run = copied(out, tmp_path, {"finetune": {"steps": 3, "lr": 1.0, "clip_norm": 1e6}})
+    pipeline.finetune(run, onnx.stem)
+    facts = read_facts(run.hybrids.tuned(run.pick(onnx.stem), run.recipe(run.study.finetune).key))
+    assert float(facts["psnr_db_after"]) >= float(facts["psnr_db_before"])
+
+
+def test_a_teacher_that_is_worse_than_its_input_ends_the_search_before_it_starts(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    study = load_study(tmp_path / "tiny.yaml", {"train": {"steps": 1, "lr": 1e-6, "phases": [[0, 16, 2]]}})
+    with pytest.raises(ConfigError, match=r"the degraded input has .* there is nothing to imitate"):
+        pipeline.search(RunFolder.start(study, tmp_path / "run"))
+    assert not (tmp_path / "run" / "archive.db").exists()
+
+
+def test_figures_of_report_images_stand_beside_those_of_the_images_that_chose(
+        finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, onnx = finished
+    run = RunFolder.reopen(out)
+    facts = read_facts(onnx.with_suffix(".safetensors"))
+    assert run.report_set is not None
+    assert not {image.name for image in run.report_set.images} & {image.name for image in run.validation.images}
+    for prefix, images in (("", run.validation), ("report_", run.report_set)):
+        after = float(np.mean(list_psnr_db(load_hybrid(onnx.with_suffix(".safetensors")), images, run.protocol)))
+        assert float(facts[f"{prefix}psnr_db_after"]) == pytest.approx(after, abs=1e-3)
+        assert {f"{prefix}psnr_db_{state}" for state in ("input", "before", "after", "teacher")} <= set(facts)
+    tuned = run.archive.tuned[run.pick(onnx.stem)]
+    assert tuned.report["after"] == pytest.approx(float(facts["report_psnr_db_after"]), abs=1e-3)
+
+
+def test_any_two_measured_objectives_have_a_front(finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, _ = finished
+    run = RunFolder.reopen(out)
+    assert run.front(("psnr_drop_db", "penalty")).objectives == ("psnr_drop_db", "penalty")
+    assert run.front(("psnr_drop_db", "params", "penalty")).members
 
 
 def test_a_second_run_repeats_nothing_and_says_so(finished: tuple[StudyConfig, Path, Path]) -> None:
     study, out, onnx = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} | {onnx: onnx.stat().st_mtime_ns}
     said: list[str] = []
-    assert pipeline.run(study, out, Control(say=said.append)) == onnx
+    assert pipeline.run_all(RunFolder.start(study, out), Control(say=said.append)) == onnx
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    for verb in ("train", "distill", "search", "finetune"):
+    for verb in ("train", "distill", "search", "finetune", "pareto", "export"):
         assert any(line.startswith(verb) and "skipped" in line for line in said), (verb, said)
 
 
@@ -178,8 +244,8 @@ def test_restore_and_evaluate_take_what_export_wrote(finished: tuple[StudyConfig
     _, _, onnx = finished
     model = onnx.with_suffix(suffix)
     noisy, restored = tmp_path / "noisy.png", tmp_path / "restored.png"
-    photo = pipeline.degrade(_builtin_photo(), noisy, create_task("denoise", {"sigma_255": 25}))
-    failures = pipeline.restore(model, noisy, restored)
+    photo = degrade_photo(_builtin_photo(), noisy, create_task("denoise", {"sigma_255": 25}))
+    failures = restore_files(open_session(model), noisy, restored)
     assert not failures
     assert read_photo(restored).pixels.shape == photo.pixels.shape
     (result,) = pipeline.evaluate(model, "builtin:photos", create_task("denoise_s25"), crop_px=32, limit=2)
@@ -202,17 +268,20 @@ def test_an_interrupted_search_goes_on_to_the_same_archive(tmp_path: Path,
         (tmp_path / "run" / name).symlink_to(out / name)
     calls: list[int] = []
     stop = Control(progress=lambda verb, done, total, note: calls.append(done), should_stop=lambda: len(calls) >= 3)
-    with pytest.raises(pipeline.Interrupted):
-        pipeline.search(study, tmp_path / "run", stop)
+    with pytest.raises(Interrupted):
+        pipeline.search(RunFolder.start(study, tmp_path / "run"), stop)
     assert 0 < len(read_archive(tmp_path / "run" / "archive.db").measurements()) < 9
-    assert pipeline.search(study, tmp_path / "run") == read_archive(out / "archive.db").measurements()
+    resumed = pipeline.search(RunFolder.start(study, tmp_path / "run"))
+    expected = read_archive(out / "archive.db").measurements()
+    assert [(one.genotype, one.values, one.psnr_db) for one in resumed] == [
+        (one.genotype, one.values, one.psnr_db) for one in expected]
 
 
 def test_a_run_folder_of_another_study_is_refused(finished: tuple[StudyConfig, Path, Path], tmp_path: Path) -> None:
     _, out, _ = finished
     other = load_study(tmp_path.parent / _copy(tmp_path), {"search": {"engine": "random"}})
     with pytest.raises(ConfigError, match=r"search\.engine: exhaustive there, random now"):
-        save_run(out, other)
+        RunFolder.start(other, out)
 
 
 def _copy(folder: Path) -> str:
@@ -226,8 +295,8 @@ def test_a_given_library_must_hold_every_surrogate_and_the_same_teacher(finished
     write_study(tmp_path)
     overrides = {"library": str(out / "library"), "teacher": str(out / "teacher" / "teacher.safetensors")}
     with pytest.raises(LibraryError, match="lacks 1 of the"):
-        pipeline.distill(load_study(tmp_path / "tiny.yaml", {**overrides, "slots": {"latent": ["vssd×1", "conv×1"]}}),
-                         tmp_path / "run")
+        pipeline.distill(RunFolder.start(load_study(tmp_path / "tiny.yaml", {
+            **overrides, "slots": {"latent": ["vssd×1", "conv×1"]}}), tmp_path / "run"))
     torch.manual_seed(5)
     stranger = load_checkpoint(out / "teacher" / "teacher.safetensors")
     with torch.no_grad():
@@ -235,29 +304,66 @@ def test_a_given_library_must_hold_every_surrogate_and_the_same_teacher(finished
     save_checkpoint(tmp_path / "other.safetensors", stranger)
     with pytest.raises(LibraryError, match="another teacher"):
         overrides["teacher"] = str(tmp_path / "other.safetensors")
-        pipeline.distill(load_study(tmp_path / "tiny.yaml", overrides), tmp_path / "run2")
+        RunFolder.start(load_study(tmp_path / "tiny.yaml", overrides), tmp_path / "run2")
 
 
 def test_spaces_of_the_paper_have_its_numbers() -> None:
     """ENS, section 6.1: 34,560 configurations, 22 surrogates."""
-    summary = summarise_space(load_study("search_spaces/restormer_denoise.yaml"))
-    assert summary.space.num_genotypes == 34_560
-    assert summary.space.num_surrogates == 22
-    assert summary.space.penalty(summary.space.teacher) == 16.0
-    assert summary.params[0] < 26_111_668 < summary.params[1]
+    run = RunFolder(Path(), load_study("search_spaces/restormer_denoise.yaml"))
+    assert run.space.num_genotypes == 34_560
+    assert run.space.num_surrogates == 22
+    assert run.space.penalty(run.space.teacher) == 16.0
+    low, high = run.count_costs().range("params")
+    assert low < 26_111_668 < high
 
 
 def test_pick_takes_roles_and_genotypes(finished: tuple[StudyConfig, Path, Path]) -> None:
     _, out, onnx = finished
-    front, space, _ = pipeline.pareto(out)
-    assert format_genotype(front.members[front.knee].genotype) == onnx.stem
+    run = RunFolder.reopen(out)
+    front = run.front()
+    assert run.pick("knee") == front.members[front.knee].genotype == run.pick(onnx.stem)
     with pytest.raises(ValueError, match="knee"):
-        pipeline.export(out, "best")
-    assert space.teacher in {member.genotype for member in front.members} or front.members[0].values["psnr_drop_db"] < 0
+        pipeline.export(run, "best")
 
 
 def test_asking_for_a_gpu_where_there_is_none_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     write_study(tmp_path)
     with pytest.raises(ConfigError, match="no GPU; use auto or cpu"):
-        pipeline.train(load_study(tmp_path / "tiny.yaml", {"device": "cuda"}), tmp_path / "run")
+        RunFolder.start(load_study(tmp_path / "tiny.yaml", {"device": "cuda"}), tmp_path / "run")
+
+
+def test_a_finished_run_opens_next_to_nothing_when_it_is_run_again(
+        finished: tuple[StudyConfig, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Openings are counted where they happen: weights hashed or loaded, images decoded, networks filled."""
+    study, out, onnx = finished
+    opened: list[str] = []
+
+    def count(place: str) -> None:
+        module, _, name = place.rpartition(".")
+        original = pkgutil.resolve_name(f"{module}:{name}") if "Library" not in module else getattr(Library, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            opened.append(name)
+            return original(*arguments, **options)
+        monkeypatch.setattr(place, counted)
+
+    for place in ("ens.distill.library.hash_weights", "ens.distill.library.load_weights",
+                  "ens.distill.library.Library.load_teacher", "ens.distill.library.Library.load_surrogate",
+                  "ens.networks.checkpoints.hash_weights", "ens.networks.checkpoints.read_state",
+                  "ens.data.folders.read_photo", "ens.export.hybrid.load_hybrid"):
+        count(place)
+    assert pipeline.run_all(RunFolder.start(study, out)) == onnx
+    assert opened.count("load_teacher") <= 1 and not set(opened) - {"load_teacher", "load_weights"}
+    assert opened == [], "today nothing at all is opened"
+
+
+@pytest.mark.slow
+def test_a_finished_run_ends_within_four_seconds_of_processor_time(finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, _ = finished
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-c", "from ens.cli import main; main()", "run", str(out.parent / "tiny.yaml")]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from ens.data.folders import find_pairs
+from ens.data.pairs import degrade_photo
 from ens.data.tasks import create_task
-from ens.pipeline import degrade
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,7 +39,7 @@ def test_python_example_prints_a_hybrid_near_its_teacher(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_shell_examples_run_and_write_what_they_say(tmp_path: Path) -> None:
     (script,) = blocks("sh")
-    degrade(find_pairs("builtin:photos")[0].clean, tmp_path / "photo.png", create_task("denoise_s25"))
+    degrade_photo(find_pairs("builtin:photos")[0].clean, tmp_path / "photo.png", create_task("denoise_s25"))
     done = subprocess.run(["bash", "-euxo", "pipefail", "-c", script], cwd=tmp_path, env=environment(),
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -12,10 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ens.objectives import OBJECTIVES, format_value
+from ens.pareto.archive import Archive, open_archive, read_archive, record_tuned
+from ens.pareto.baseline import Baseline
 from ens.pareto.charts import draw_png
 from ens.pareto.palette import TEACHER, choice_colours, text_colour
-from ens.pareto.report import slot_levels, write_csv, write_markdown, write_png, write_report
-from ens.pareto.selection import Front, cheapest_member, format_value, front_table, pick_genotype, select_front
+from ens.pareto.report import drawn_fingerprint, slot_levels, write_front
+from ens.pareto.selection import Front, cheapest_member, pick_genotype, select_front
+from ens.pareto.tables import front_rows, front_table
 from ens.space import Choice, Measurement, SearchSpace, Slot, format_genotype
 
 STAGES = ("encoder_level1", "encoder_level2", "encoder_level3", "latent", "decoder_level3", "decoder_level2",
@@ -31,9 +36,38 @@ def measurements(count: int = 40) -> list[Measurement]:
     made = [Measurement((0,) * 8, {"psnr_drop_db": 0.0, "macs": 2e9, "params": 1e6}, (30.0, 31.0))]
     for genotype in sorted({SPACE.sample(rng) for _ in range(count)}):
         drop = 0.1 * sum(genotype) + 0.01 * genotype[0]
-        made.append(Measurement(genotype, {"psnr_drop_db": drop, "macs": 2e9 / (1 + sum(genotype)),
+        made.append(Measurement(genotype, {"psnr_drop_db": drop, "psnr_drop_se_db": 0.01,
+                                           "macs": 2e9 / (1 + sum(genotype)),
                                            "params": 1e6 - 1e4 * genotype[3]}, (30.0 - drop, 31.0 - drop)))
     return [*made, Measurement((3,) * 8, {"psnr_drop_db": math.nan}, valid=False, note="diverged </script>")]
+
+
+BASELINE = Baseline((30.0, 31.0), (20.0, 21.0), {"macs": 2e9, "params": 9.9e5})
+
+
+def archive_of(folder: Path, items: list[Measurement], *, objectives: tuple[str, ...] = TWO, space: SearchSpace = SPACE,
+               baseline: Baseline | None = BASELINE) -> Archive:
+    manifest = {"study": "Front <of> tests", "protocol": "awgn <b>v1</b>"}
+    with open_archive(folder / "archive.db", space=space, objectives=objectives, manifest=manifest,
+                      baseline=baseline) as archive:
+        for item in items:
+            archive.record(item)
+    return read_archive(folder / "archive.db")
+
+
+def written(folder: Path, items: list[Measurement], objectives: tuple[str, ...] = TWO, *, space: SearchSpace = SPACE,
+            tuned: bool = False) -> Front:
+    """`write_front` of an archive with these measurements; `tuned` fine-tunes the knee first."""
+    archive = archive_of(folder, items, objectives=objectives, space=space)
+    front = select_front(archive.measurements(), objectives, baseline=archive.baseline)
+    if tuned:
+        record_tuned(folder / "archive.db", front.members[front.knee].genotype, recipe="abc", psnr_db=[29.9, 30.9],
+                     report={"input": 20.0, "before": 27.5, "after": 29.25, "teacher": 29.5})
+        archive = read_archive(folder / "archive.db")
+        front = select_front(archive.measurements(), objectives, baseline=archive.baseline)
+    write_front(folder, front=front, archive=archive,
+                crops={"<photo>.png": [("input, 20.2 dB", PNG + b"1"), ("teacher", PNG + b"2")]})
+    return front
 
 
 def front_of(*points: tuple[float, float]) -> Front:
@@ -59,7 +93,7 @@ def test_a_member_is_picked_by_role_limit_or_genotype() -> None:
     front = front_of((0.0, 10.0), (0.1, 4.0), (1.0, 3.0))
     for pick, first in (("knee", 1), ("within 0.05", 0), ("within 2", 2), ("2-0-0-0-0-0-0-0", 2)):
         assert pick_genotype(pick, front=front, space=SPACE) == (first, *(0,) * 7), pick
-    assert pick_genotype("near 1", front=front, space=SPACE) == (0, *(0,) * 7)
+    assert pick_genotype("near 1", front=front, space=SPACE) == (2, *(0,) * 7), "the teacher is nobody's neighbour"
     for pick, message in (("within much", "within 0.1"), ("best", "write knee"), ("", "write knee"),
                           ("within -1", "the smallest is 0"), ("near 5", "no 'near 5'; it has knee, near 1"),
                           ("9-0-0-0-0-0-0-0", "allows 0 to 3")):
@@ -80,27 +114,39 @@ def test_values_are_printed_as_people_read_them() -> None:
 
 
 def test_csv_keeps_full_precision_and_every_slot(tmp_path: Path) -> None:
-    front = select_front(measurements(), THREE)
-    write_csv(tmp_path / "front.csv", front=front, space=SPACE)
-    table = pd.read_csv(tmp_path / "front.csv", keep_default_na=False)
-    assert table.columns.tolist() == ["role", "genotype", *THREE, "psnr_db", *STAGES]
+    front = written(tmp_path, measurements(), THREE, tuned=True)
+    table = pd.read_csv(tmp_path / "front.csv", keep_default_na=False, na_values=[""])
+    assert {"role", "genotype", *THREE, "psnr_drop_se_db", "psnr_db", "psnr_db_tuned", *STAGES} <= set(table.columns)
     assert (table[list(THREE)].to_numpy() == front.values).all()
     assert table.loc[front.knee, "role"] == "knee" and table.loc[0, "latent"] == "restormer×2"
-    assert table.equals(front_table(front, space=SPACE).astype(table.dtypes))
+    assert table.loc[front.knee, "psnr_db_tuned"] == 30.4
+    assert len(table) == len(front_table(front, space=SPACE))
 
 
-def test_markdown_has_one_row_a_member(tmp_path: Path) -> None:
-    front = select_front(measurements(), TWO)
-    write_markdown(tmp_path / "front.md", title="A front", front=front)
-    lines = (tmp_path / "front.md").read_text().splitlines()
-    assert lines[0] == "# A front" and len(lines) == 4 + len(front.members)
-    assert len({line.count("|") for line in lines[2:]}) == 1
+def test_markdown_has_one_row_a_member_and_words_for_people(tmp_path: Path) -> None:
+    front = written(tmp_path, measurements(), tuned=True)
+    text = (tmp_path / "front.md").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert lines[0] == "# Front <of> tests: PSNR drop (dB) against multiply-adds at 256×256"
+    assert len({line.count("|") for line in lines[2:4 + len(front.members)]}) == 1
+    assert "psnr_drop_db" not in text and "macs" not in text and "e+" not in text
+    assert "| 27.50 | 29.25 | 29.50 |" in text and "report images, which chose nothing" in text
+
+
+def test_rows_carry_the_error_of_the_drop_and_marks_that_are_explained(tmp_path: Path) -> None:
+    front = written(tmp_path, measurements())
+    headers, rows = front_rows(front)
+    assert headers[2:4] == [OBJECTIVES[name].label for name in TWO]
+    drop = rows[1][headers.index("PSNR drop (dB)")]
+    assert re.fullmatch(r"-?\d\.\d{3} ± 0\.010( ≈)?", drop)
+    # The teacher of the baseline has 990,000 parameters: members with the million of the table are marked.
+    marked = [row[headers.index("parameters")].endswith("▲") for row in rows]
+    assert marked == [member.values["params"] > 9.9e5 for member in front.members]
 
 
 @pytest.mark.parametrize("objectives", [TWO, THREE, ("macs", "params")])
 def test_the_png_is_a_picture_of_its_size(objectives: tuple[str, ...], tmp_path: Path) -> None:
-    write_png(tmp_path / "front.png", title="t", measurements=measurements(), front=select_front(measurements(),
-                                                                                                objectives))
+    written(tmp_path, measurements(), objectives, tuned=True)
     data = (tmp_path / "front.png").read_bytes()
     assert data.startswith(PNG) and int.from_bytes(data[16:20]) == 1200 and int.from_bytes(data[20:24]) == 750
     assert data != draw_png(title="t", measurements=measurements()[:5], front=front_of((0, 1), (1, 0)))
@@ -135,13 +181,11 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module", params=[TWO, THREE], ids=["two objectives", "three objectives"])
 def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Front, Page, str]:
-    front = select_front(measurements(), request.param)
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(path, title="Front <of> tests", space=SPACE, measurements=measurements(), front=front,
-                 reference=(6.0, 2.2e9, 1.1e6)[:len(request.param)], facts={"protocol": "awgn <b>v1</b>"},
-                 crops={"<photo>.png": [("input, 20.2 dB", PNG + b"1"), ("teacher", PNG + b"2")]})
-    text = path.read_text()
-    assert [entry.name for entry in path.parent.iterdir()] == ["report.html"], "no temporary file stays"
+    folder = tmp_path_factory.mktemp("report")
+    front = written(folder, measurements(), request.param, tuned=True)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert sorted(entry.name for entry in folder.glob("*front*")) == ["front.csv", "front.md", "front.png"]
+    assert drawn_fingerprint(folder / "report.html") == read_archive(folder / "archive.db").fingerprint
     return front, Page(text), text
 
 
@@ -155,20 +199,37 @@ def test_the_page_loads_nothing_from_anywhere(page: tuple[Front, Page, str]) -> 
 def test_the_page_carries_every_member_and_marks_the_knee(page: tuple[Front, Page, str]) -> None:
     front, parsed, _ = page
     state = json.loads(parsed.scripts["state"])
-    assert [member["genotype"] for member in state["members"]] == [format_genotype(m.genotype) for m in front.members]
-    assert state["knee"] == front.knee and state["levels"] == [0, 1, 2, 3, 2, 1, 0, 0]
-    assert set(state["members"][front.knee]["values"]) == {"psnr_drop_db", "macs", "params"}
+    view = state["views"][0]
+    assert [member["genotype"] for member in view["members"]] == [format_genotype(m.genotype) for m in front.members]
+    assert view["knee"] == front.knee and state["levels"] == [0, 1, 2, 3, 2, 1, 0, 0]
+    labels = [label for label, _ in view["members"][front.knee]["values"]]
+    assert {"PSNR drop (dB)", "multiply-adds at 256×256", "parameters", "PSNR (dB) fine-tuned"} <= set(labels)
     for member in front.members:
         assert format_genotype(member.genotype) in parsed.texts
 
 
+def test_every_two_measured_objectives_have_a_view_with_their_own_front(page: tuple[Front, Page, str]) -> None:
+    front, parsed, _ = page
+    views = json.loads(parsed.scripts["state"])["views"]
+    pairs = [pair for pair in itertools.combinations(THREE, 2) if set(pair) != set(front.objectives)]
+    assert [view["label"] for view in views[1:]] == [
+        " against ".join(OBJECTIVES[name].label for name in pair) for pair in pairs]
+    for view, pair in zip(views[1:], pairs, strict=True):
+        expected = select_front(measurements(), pair, baseline=BASELINE)
+        assert [member["genotype"] for member in view["members"]] == [
+            format_genotype(member.genotype) for member in expected.members]
+
+
 def test_hovering_shows_the_genotype_of_every_valid_measurement(page: tuple[Front, Page, str]) -> None:
     front, parsed, _ = page
-    traces = json.loads(parsed.scripts["front-figure"])["data"]
+    traces = json.loads(parsed.scripts["state"])["views"][0]["figure"]["data"]
     hover = [text for trace in traces for text in trace.get("hovertext", [])]
     shown = {re.match(r"<b>([\d-]+)</b>", text)[1] for text in hover}  # type: ignore[index]
     assert shown == {format_genotype(item.genotype) for item in measurements() if item.valid}
     assert len(traces[1]["hovertext"]) == len(front.members), "the script takes trace 1 for the front"
+    names = [trace["name"] for trace in traces]
+    assert {"teacher", "fine-tuned", "front, before fine-tuning"} <= set(names)
+    assert traces[1]["error_y"]["array"], "the front has error bars"
 
 
 def test_what_users_named_is_escaped(page: tuple[Front, Page, str]) -> None:
@@ -189,10 +250,9 @@ def test_slots_without_levels_form_a_symmetrical_u_and_blocks_share_their_stage(
 def test_cells_leave_options_out_unless_they_tell_choices_apart(tmp_path: Path) -> None:
     def shown(*choices: Choice) -> list[str]:
         space = SearchSpace("s", (Slot("a", (Choice("restormer", 2, teacher=True), *choices)),))
-        front = select_front([Measurement((1,), {"psnr_drop_db": 0.0, "macs": 1.0})], TWO)
-        write_report(tmp_path / "r.html", title="t", space=space, measurements=front.members, front=front,
-                     reference=(1.0, 2.0), facts={}, crops={})
-        return re.findall(r'<td class="cell">(.*?)</td>', (tmp_path / "r.html").read_text())
+        folder = tmp_path / str(len(choices))
+        written(folder, [Measurement((1,), {"psnr_drop_db": 0.0, "macs": 1.0}, (30.0, 31.0))], space=space)
+        return re.findall(r'<td class="cell">(.*?)</td>', (folder / "report.html").read_text(encoding="utf-8"))
 
     small, large = (Choice("vssd", 1, (("state", state),)) for state in (8, 16))
     assert shown(small) == ["vssd×1"] and shown(small, large) == ["vssd×1(state=8)"]

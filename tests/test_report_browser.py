@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ens.pareto.report import write_report
+from ens.pareto.archive import open_archive
+from ens.pareto.baseline import Baseline
+from ens.pareto.report import write_front
 from ens.pareto.selection import Front, select_front
 from ens.space import Choice, Measurement, SearchSpace, Slot, format_genotype
 
@@ -38,10 +40,14 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Front, str, str]:
     genotypes = sorted({(0,) * len(SLOTS), *(SPACE.sample(rng) for _ in range(30))})
     measured = [Measurement(item, {"psnr_drop_db": 0.1 * sum(item), "macs": 2e9 / (1 + sum(map(bool, item)))},
                             (30.0 - 0.1 * sum(item),)) for item in genotypes]
-    front = select_front(measured, ("psnr_drop_db", "macs"))
-    path = tmp_path_factory.mktemp("browser") / "report.html"
-    write_report(path, title="In a browser", space=SPACE, measurements=measured, front=front,
-                 reference=(2.0, 2.2e9), facts={"protocol": "awgn"}, crops={})
+    folder = tmp_path_factory.mktemp("browser")
+    with open_archive(folder / "archive.db", space=SPACE, objectives=("psnr_drop_db", "macs"), baseline=Baseline(
+            (30.0,), (20.0,), {"macs": 2e9}), manifest={"study": "In a browser"}) as archive:
+        for item in measured:
+            archive.record(item)
+    front = select_front(measured, ("psnr_drop_db", "macs"), baseline=archive.baseline)
+    write_front(folder, front=front, archive=archive, crops={})
+    path = folder / "report.html"
     done = browse(path, "--dump-dom")
     return front, done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 

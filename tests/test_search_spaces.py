@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from ens.config import load_study
-from ens.networks import create_network
 from ens.networks.steps import create_filling
-from ens.study import read_space
+from ens.run_folder import RunFolder
 
 SPACES = Path(__file__).resolve().parents[1] / "search_spaces"
 SIZES = {"restormer_denoise": (8, 34_560, 22), "restormer_derain": (8, 34_560, 22), "restormer_deblur": (8, 34_560, 22),
@@ -25,10 +24,9 @@ def test_every_study_is_listed_here() -> None:
 @pytest.mark.parametrize("name", SIZES)
 def test_a_space_has_the_size_it_claims_and_every_choice_can_be_built(name: str) -> None:
     study = load_study(SPACES / f"{name}.yaml")
-    options = {key: value for key, value in study.network.items() if key != "name"}
+    run = RunFolder(Path(), study)
+    network, space = run.skeleton, run.space
     with torch.device("meta"):
-        network = create_network(study.network["name"], **options)
-        space = read_space(study, network)
         assert (len(space.slots), space.num_genotypes, space.num_surrogates) == SIZES[name]
         built = set()
         for slot in space.slots:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ens.data.images import Photo, read_photo, write_photo
-from ens.export.formats import export_onnx
+from ens.export.formats import write_checked
 from ens.export.hybrid import save_hybrid
 from ens.networks import create_network
 from ens.networks.checkpoints import CheckpointError, save_checkpoint
@@ -39,7 +39,7 @@ def photo(channels: int, dtype: type[np.uint8] | type[np.uint16], *, alpha: bool
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, teacher = tmp_path_factory.mktemp("files"), network()
     paths = {name: folder / name for name in ("a.onnx", "hybrid.safetensors", "own.safetensors", "released.pth")}
-    export_onnx(teacher, paths["a.onnx"], photo=torch.rand(1, 3, 40, 40), facts={"task": "denoise"})
+    write_checked(teacher, paths["a.onnx"], photo=torch.rand(1, 3, 40, 40), facts={"task": "denoise"})
     save_hybrid(paths["hybrid.safetensors"], teacher, choices={}, facts={"task": "denoise"})
     save_checkpoint(paths["own.safetensors"], teacher, facts={"task": "denoise"})
     save_checkpoint(paths["released.pth"], teacher)

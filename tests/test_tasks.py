@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ens.data.degradations import resize_bicubic
-from ens.data.images import FloatImage, list_images, read_photo, to_float, to_pixels
+from ens.data.images import FloatImage, Photo, list_images, read_photo, to_float, to_pixels, write_photo
+from ens.data.pairs import load_validation_set
 from ens.data.tasks import TASKS, Denoise, Derain, Task, create_task
 from ens.evaluate.metrics import psnr_db, score
 from ens.evaluate.protocols import PROTOCOLS, find_protocol, task_protocols
@@ -78,14 +79,31 @@ def test_degradation_is_seeded_and_shaped(name: str) -> None:
     assert degraded.dtype == np.float32
     assert tuple(side * task.scale for side in degraded.shape[:2]) == clean.shape[:2] and degraded.shape[2] == 3
     np.testing.assert_array_equal(degraded, task.degrade(clean, np.random.default_rng(3)))
-    np.testing.assert_array_equal(task.degrade_for_validation(clean, 5), task.degrade_for_validation(clean, 5))
+    np.testing.assert_array_equal(task.degrade_for_validation(clean), task.degrade_for_validation(clean))
 
 
 @pytest.mark.parametrize("name", ["derain", "deblur"])
-def test_validation_images_differ_by_index(name: str) -> None:
+def test_validation_degradation_follows_the_pixels_of_the_image(name: str) -> None:
+    """Half of the image changes: what is added to the other half changes, too, for the whole image is the seed."""
     task = create_task(name)
     clean = photo()
-    assert not np.array_equal(task.degrade_for_validation(clean, 0), task.degrade_for_validation(clean, 1))
+    changed = clean.copy()
+    changed[:, : clean.shape[1] // 4] = 0.5
+    first, second = task.degrade_for_validation(clean), task.degrade_for_validation(changed)
+    assert not np.array_equal(first[:, -20:], second[:, -20:])
+    np.testing.assert_array_equal(first, task.degrade_for_validation(clean.copy()))
+
+
+def test_jpeg_gives_networks_of_one_and_of_three_channels_the_same_pixels(tmp_path: Path) -> None:
+    colour = to_pixels(photo())
+    write_photo(tmp_path / "photo.png", Photo(colour))
+    one, three = (load_validation_set(tmp_path, create_task("jpeg_q10"), channels=channels).images[0]
+                  for channels in (1, 3))
+    for name in ("clean", "degraded"):
+        gray, repeated = getattr(one, name), getattr(three, name)
+        assert gray.shape[0] == 1 and all(torch.equal(gray[0], plane) for plane in repeated)
+    luma = np.rint(16 + colour.astype(float) / 255 @ [65.481, 128.553, 24.966])
+    np.testing.assert_array_equal(np.rint(255 * one.clean[0].numpy()), luma)
 
 
 def test_blind_noise_draws_sigma_and_validates_at_a_stated_one() -> None:
@@ -94,7 +112,7 @@ def test_blind_noise_draws_sigma_and_validates_at_a_stated_one() -> None:
     sigmas = [255 * (task.degrade(flat, np.random.default_rng(seed)) - flat).std() for seed in range(30)]
     assert min(sigmas) < 10 and max(sigmas) > 40 and max(sigmas) < 51
     for asked, expected in ((None, 25), (50.0, 50)):
-        noisy = replace(task, validation_sigma_255=asked).degrade_for_validation(flat, 0)
+        noisy = replace(task, validation_sigma_255=asked).degrade_for_validation(flat)
         assert 255 * (noisy - flat).std() == pytest.approx(expected, rel=0.02)
 
 
@@ -135,7 +153,7 @@ def as_tensor(image: FloatImage) -> torch.Tensor:
 def test_noisy_cbsd68_has_the_published_psnr() -> None:
     task = create_task("denoise_s25")
     images = load("cbsd68", task)
-    noisy = [task.degrade_for_validation(clean, index) for index, clean in enumerate(images)]
+    noisy = [task.degrade_for_validation(clean) for clean in images]
     figures = [[psnr_db(stored(bad), 255.0 * clean.astype(float)) for bad, clean in zip(noisy, images, strict=True)]
                for stored in (lambda image: 255.0 * image.astype(float), lambda image: to_pixels(image).astype(float))]
     assert len(images) == 68 and np.mean(figures[0]) == pytest.approx(20.18, abs=0.005)
@@ -148,7 +166,7 @@ def test_bicubic_set5_has_the_published_figures(scale: int, psnr_db: float, ssim
     task = create_task(f"sr_x{scale}")
     scores = []
     for clean in load("set5", task):
-        low = task.degrade_for_validation(clean, 0)
+        low = task.degrade_for_validation(clean)
         enlarged = resize_bicubic(low, height=clean.shape[0], width=clean.shape[1])
         scores.append(score(as_tensor(enlarged), as_tensor(clean), task_protocols(task)[0]))
     assert np.mean([s.psnr_db for s in scores]) == pytest.approx(psnr_db, abs=0.03)

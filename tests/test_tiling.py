@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,3 +103,24 @@ def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
         restore_within_memory(fail, torch.rand(1, 3, 200, 300))
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(RuntimeError("Failed to allocate memory for requested buffer of size 9"))
+
+
+@pytest.mark.parametrize(("tile", "overlap", "multiple"), [(128, 32, 128), (64, 32, 48), (40, 8, 64), (96, 95, 32)])
+def test_tiles_overlap_as_asked_however_coarse_the_grid(tile: int, overlap: int, multiple: int) -> None:
+    """Every inner border of a tile is covered by a neighbour over the whole overlap; the tile says that it grew."""
+    seen: list[tuple[int, int]] = []
+    said: list[str] = []
+    image = torch.arange(20 * multiple, dtype=torch.float32).expand(1, 1, multiple, -1)
+
+    def record(part: Tensor) -> Tensor:
+        seen.append((int(part[0, 0, 0, 0]), int(part[0, 0, 0, -1]) + 1))
+        return part
+
+    restored = restore_within_memory(record, image, tile_px=tile, overlap_px=overlap, size_multiple=multiple,
+                                     on_event=said.append)
+    torch.testing.assert_close(restored, image)
+    assert all(left[1] - right[0] >= overlap and right[0] % multiple == 0
+               for left, right in itertools.pairwise(sorted(seen)))
+    width = seen[0][1] - seen[0][0]
+    assert said == ([f"tiles of {width} px instead of {tile}: they start at multiples of {multiple} px and overlap by "
+                     f"{overlap}"] if width > tile else [])

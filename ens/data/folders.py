@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ens.data.images import ImageError, Pixels, list_images, read_photo, to_float, to_pixels
+from ens.data.images import FloatImage, ImageError, Pixels, list_images, read_photo, to_float, to_pixels
 
 BUILTIN_PHOTOS = "builtin:photos"
-# The colour photos scikit-image ships: two to tune on, three to judge by, or all of them.
+# Colour pictures that scikit-image ships: to train on, to choose by, to report on, or all five photographs.
 _BUILTIN = {
     "builtin:train-photos": ("astronaut.png", "motorcycle_left.png"),
-    "builtin:validation-photos": ("chelsea.png", "coffee.png", "rocket.jpg"),
+    "builtin:validation-photos": ("chelsea.png", "rocket.jpg"),
+    "builtin:report-photos": ("coffee.png",),
     BUILTIN_PHOTOS: ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
 }
 _PAIR_FOLDERS = (("input", "target"), ("blur", "sharp"))
 _MAX_SHOWN = 10
 _LUMA = np.array([0.299, 0.587, 0.114])
+_STUDIO_LUMA = np.array([65.481, 128.553, 24.966])
 
 
 class DataError(ValueError):
@@ -48,7 +49,8 @@ class Pair:
 def find_pairs(folder: str | Path, *, scale: int = 1) -> list[PairPath]:
     """Images of a folder by its layout: `input/ target/` (or `blur/ sharp/`), `HR/ LR_bicubic/X4/`, or flat and clean.
 
-    `builtin:photos`, `builtin:train-photos` and `builtin:validation-photos` are colour photos scikit-image ships.
+    `builtin:photos`, `builtin:train-photos`, `builtin:validation-photos` and `builtin:report-photos` are pictures that
+    scikit-image ships.
     Raises FileNotFoundError for a missing folder and DataError for images without partner, the first ten listed.
     """
     if str(folder).startswith("builtin:"):
@@ -96,9 +98,11 @@ def format_offenders(offenders: Sequence[str]) -> str:
     return ": " + "; ".join(offenders[:_MAX_SHOWN]) + more
 
 
-def load_pairs(folder: str | Path, *, scale: int = 1, channels: int = 3, limit: int | None = None) -> list[Pair]:
+def load_pairs(folder: str | Path, *, scale: int = 1, channels: int = 3, limit: int | None = None,
+               studio: bool = False) -> list[Pair]:
     """Decode the first `limit` images of a folder (all of them by default) with 1 or 3 channels.
 
+    Colour becomes one channel as BT.601 luma of full range, or with `studio` as MATLAB's rgb2ycbcr has it.
     Raises DataError listing every unreadable image and every pair whose sizes do not fit, before anything is used.
     """
     if channels not in (1, 3):
@@ -108,8 +112,8 @@ def load_pairs(folder: str | Path, *, scale: int = 1, channels: int = 3, limit: 
     paths = find_pairs(folder, scale=scale)[:limit]
     for path in paths:
         try:
-            pair = Pair(path.name, _read(path.clean, channels),
-                        None if path.degraded is None else _read(path.degraded, channels))
+            pair = Pair(path.name, _read(path.clean, channels, studio),
+                        None if path.degraded is None else _read(path.degraded, channels, studio))
         except ImageError as error:
             offenders.append(str(error))
             continue
@@ -121,18 +125,25 @@ def load_pairs(folder: str | Path, *, scale: int = 1, channels: int = 3, limit: 
     return pairs
 
 
-def _read(path: Path, channels: int) -> Pixels:
-    return with_channels(read_photo(path).pixels, channels)
+def _read(path: Path, channels: int, studio: bool) -> Pixels:
+    return with_channels(read_photo(path).pixels, channels, studio=studio)
 
 
-def with_channels(pixels: Pixels, channels: int) -> Pixels:
-    """Gray repeated to three channels, or colour reduced to BT.601 gray; the depth stays."""
+def with_channels(pixels: Pixels, channels: int, *, studio: bool = False) -> Pixels:
+    """Gray repeated to three channels, or colour reduced to BT.601 luma (full range, or studio); the depth stays."""
     if pixels.shape[2] == channels:
         return pixels
     if channels == 3:
         return np.repeat(pixels, 3, axis=2)
-    gray: NDArray[np.float64] = to_float(pixels).astype(np.float64) @ _LUMA
-    return to_pixels(gray[..., None].astype(np.float32), np.uint16 if pixels.dtype == np.uint16 else np.uint8)
+    colour = to_float(pixels)
+    gray = studio_luma(colour) if studio else (colour.astype(np.float64) @ _LUMA)[..., None].astype(np.float32)
+    return to_pixels(gray, np.uint16 if pixels.dtype == np.uint16 else np.uint8)
+
+
+def studio_luma(colour: FloatImage) -> FloatImage:
+    """(H, W, 3) in [0, 1] -> (H, W, 1): BT.601 luma in 16 to 235 of 255, rounded to 8 bits as MATLAB's rgb2ycbcr."""
+    luma = 16 + colour.astype(np.float64) @ _STUDIO_LUMA
+    return np.rint(luma).astype(np.float32)[..., None] / np.float32(255)
 
 
 def _size_mismatch(pair: Pair, scale: int) -> list[str]:

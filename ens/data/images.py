@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -184,25 +185,27 @@ def list_images(folder: str | Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What identifies a data set: number of images, their sizes W×H with counts, hash of their pixels."""
+    """What identifies a data set: number of images or pairs, sizes W×H of the clean ones, hash of all pixels."""
 
     count: int
     sizes: tuple[tuple[str, int], ...]
     sha256: str
+    paired: bool = False
 
     def __str__(self) -> str:
         shown = ", ".join(f"{number}×({size})" if number > 1 else size for size, number in self.sizes[:3])
         more = f" and {len(self.sizes) - 3} more sizes" if len(self.sizes) > 3 else ""
-        return f"{self.count} images, {shown}{more}, sha256 {self.sha256[:12]}"
+        return f"{self.count} {'pairs' if self.paired else 'images'}, {shown}{more}, sha256 {self.sha256[:12]}"
 
 
-def fingerprint_images(images: Iterable[Pixels]) -> Fingerprint:
-    """Fingerprint of decoded images (H, W, C), whatever their names, order and file format."""
-    digests, sizes = [], Counter[str]()
-    for pixels in images:
-        height, width, channels = pixels.shape
-        sizes[f"{width}×{height}"] += 1
-        head = f"{height} {width} {channels} {pixels.dtype}".encode()
-        digests.append(hashlib.sha256(head + np.ascontiguousarray(pixels).tobytes()).digest())
+def fingerprint_images(images: Iterable[Pixels], contents: Iterable[NDArray[Any]], *,
+                       paired: bool = False) -> Fingerprint:
+    """Fingerprint of images (H, W, C), whatever their names, order and file format.
+
+    `contents` are what is scored, one array an image: the degraded pixels belong to it as the clean ones do.
+    """
+    sizes = Counter(f"{pixels.shape[1]}×{pixels.shape[0]}" for pixels in images)
+    digests = sorted(hashlib.sha256(f"{content.shape} {content.dtype}".encode()
+                                    + np.ascontiguousarray(content).tobytes()).digest() for content in contents)
     ranked = tuple(sorted(sizes.items(), key=lambda item: (-item[1], item[0])))
-    return Fingerprint(len(digests), ranked, hashlib.sha256(b"".join(sorted(digests))).hexdigest())
+    return Fingerprint(len(digests), ranked, hashlib.sha256(b"".join(digests)).hexdigest(), paired)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +13,38 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ens.data.folders import DataError, Pair, format_offenders, load_pairs
-from ens.data.images import Fingerprint, FloatImage, fingerprint_images, to_float, to_pixels
+from ens.data.images import (
+    Fingerprint,
+    FloatImage,
+    Photo,
+    fingerprint_images,
+    read_photo,
+    to_float,
+    to_pixels,
+    write_photo,
+)
 from ens.data.tasks import Task
 
 Bytes = NDArray[np.uint8]
 
 
+def derive_seed(*parts: int | str) -> int:
+    """A seed for one use of random numbers: the same for the same parts, another for any other."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
 class Patches:
     """Random training patches of images held in memory as uint8 (three bytes a pixel).
 
-    `batch` depends on (seed, index) and nothing else, sample by sample, so that a resumed run, or several processes
-    that share a batch, see exactly the patches of one uninterrupted process.
+    `batch` depends on (seed, purpose, index) and nothing else, sample by sample, so that a resumed run, or several
+    processes that share a batch, see exactly the patches of one uninterrupted process.
     """
 
-    def __init__(self, pairs: Sequence[Pair], task: Task, *, seed: int = 0) -> None:
+    def __init__(self, pairs: Sequence[Pair], task: Task, *, seed: int = 0, purpose: str = "") -> None:
         if not pairs:
             raise DataError("no images to cut patches from")
         self._task = task
-        self._seed = seed
+        self._seed = derive_seed(seed, purpose)
         self._images = [_prepare_bytes(pair, task) for pair in pairs]
         self._names = [pair.name for pair in pairs]
 
@@ -125,39 +140,68 @@ class ValidationSet:
 
 
 def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, crop_px: int | None = None,
-                        limit: int | None = None) -> ValidationSet:
+                        limit: int | None = None, crops_per_image: int = 1) -> ValidationSet:
     """Validation images of a folder (or `builtin:photos`), degraded as the task's protocol says where it is clean.
 
-    `crop_px` cuts the centre of every target to at most that side, rounded down to a multiple of 8 inputs' pixels;
-    without it images stay whole. The same arguments give the same pixels. Raises as `load_pairs` does.
+    `crop_px`, rounded down to a multiple of 8 inputs' pixels, cuts up to `crops_per_image` squares of that side out of
+    every target, spread over it without overlap: one is the centre. Without it images stay whole. The same arguments
+    give the same pixels, whatever the files are called. Raises as `load_pairs` does, and DataError naming the images
+    that are smaller than a crop.
     """
-    pairs = [_crop_centre(pair, crop_px, task.scale) if crop_px else pair
-             for pair in load_pairs(folder, scale=task.scale, channels=channels, limit=limit)]
-    images = tuple(_degrade_whole(pair, task, index) for index, pair in enumerate(pairs))
-    pixels = [image for pair in pairs for image in (pair.clean, pair.degraded) if image is not None]
-    return ValidationSet(images, fingerprint_images(pixels))
+    pairs = load_pairs(folder, scale=task.scale, channels=channels, limit=limit, studio=task.studio)
+    if crop_px is not None:
+        if crop_px < 8 * task.scale:
+            raise ValueError(f"crop_px is at least {8 * task.scale}, got {crop_px}")
+        pairs = _crop_all(pairs, crop_px // (8 * task.scale) * 8 * task.scale, task.scale, crops_per_image)
+    images = tuple(_degrade_whole(pair, task) for pair in pairs)
+    pixels = [np.concatenate([image.clean.numpy().ravel(), image.degraded.numpy().ravel()]) for image in images]
+    return ValidationSet(images, fingerprint_images([pair.clean for pair in pairs], pixels,
+                                                    paired=any(pair.degraded is not None for pair in pairs)))
 
 
-def _crop_centre(pair: Pair, crop_px: int, scale: int) -> Pair:
-    step = 8 * scale
-    if crop_px < step:
-        raise ValueError(f"crop_px is at least {step}, got {crop_px}")
-    height, width = (max(step, min(crop_px, size) // step * step) for size in pair.clean.shape[:2])
-    top, left = ((size - kept) // 2 // scale for size, kept in zip(pair.clean.shape[:2], (height, width), strict=True))
-    clean = pair.clean[top * scale:top * scale + height, left * scale:left * scale + width]
-    degraded = None if pair.degraded is None else (
-        pair.degraded[top:top + height // scale, left:left + width // scale])
-    return Pair(pair.name, clean, degraded)
+def _crop_all(pairs: Sequence[Pair], side: int, scale: int, count: int) -> list[Pair]:
+    small = [f"{pair.name} is {pair.clean.shape[1]}×{pair.clean.shape[0]}" for pair in pairs
+             if min(pair.clean.shape[:2]) < side]
+    if small:
+        raise DataError(f"crops of {side} px do not fit into {len(small)} images{format_offenders(small)}")
+    return [crop for pair in pairs for crop in _crop_grid(pair, side, scale, count)]
 
 
-def _degrade_whole(pair: Pair, task: Task, index: int) -> ValidationImage:
+def _crop_grid(pair: Pair, side: int, scale: int, count: int) -> list[Pair]:
+    """Up to `count` squares on a grid that is centred in the image, evenly chosen along it."""
+    rows, columns = (size // side for size in pair.clean.shape[:2])
+    if count == 1:
+        rows = columns = 1
+    cells = [(row, column) for row in range(rows) for column in range(columns)]
+    kept = [cells[index * len(cells) // min(count, len(cells))] for index in range(min(count, len(cells)))]
+    crops = []
+    for number, (row, column) in enumerate(kept, 1):
+        top, left = ((size * (2 * cell + 1) // (2 * cells_along) - side // 2) // scale * scale
+                     for size, cell, cells_along in zip(pair.clean.shape[:2], (row, column), (rows, columns),
+                                                        strict=True))
+        clean = pair.clean[top:top + side, left:left + side]
+        degraded = None if pair.degraded is None else pair.degraded[
+            top // scale:(top + side) // scale, left // scale:(left + side) // scale]
+        crops.append(Pair(f"{pair.name}#{number}" if count > 1 else pair.name, clean, degraded))
+    return crops
+
+
+def _degrade_whole(pair: Pair, task: Task) -> ValidationImage:
     clean = task.prepare(to_float(pair.clean))
     if pair.degraded is None:
-        degraded = task.degrade_for_validation(clean, index)
+        degraded = task.degrade_for_validation(clean)
     else:
         degraded = to_float(pair.degraded)
         degraded = task.prepare(degraded) if task.scale == 1 else degraded
     return ValidationImage(pair.name, _as_tensor(degraded), _as_tensor(clean))
+
+
+def degrade_photo(source: Path, target: Path, task: Task) -> Photo:
+    """Write the degraded version of one clean photo as the task's validation would have it; returns it as written."""
+    clean = task.prepare(to_float(read_photo(source).pixels))
+    photo = Photo(to_pixels(task.degrade_for_validation(clean).clip(0, 1)))
+    write_photo(target, photo)
+    return photo
 
 
 def _as_tensor(image: FloatImage) -> Tensor:

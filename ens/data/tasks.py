@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from ens.data.degradations import (
     quantise,
     resize_bicubic,
 )
+from ens.data.folders import studio_luma
 from ens.data.images import FloatImage
 
 VALIDATION_SEED = 2026
@@ -39,6 +41,8 @@ class Task(ABC):
     name: ClassVar[str]
     protocol_name: ClassVar[str]
     other_protocols: ClassVar[tuple[str, ...]] = ()
+    studio: ClassVar[bool] = False
+    """Whether one channel means studio luma, as the protocol has it, instead of full-range gray."""
 
     @property
     def scale(self) -> int:
@@ -62,9 +66,13 @@ class Task(ABC):
     def degrade(self, clean: FloatImage, rng: np.random.Generator) -> FloatImage:
         """Degrade a prepared image for training; everything random comes from `rng`."""
 
-    def degrade_for_validation(self, clean: FloatImage, index: int) -> FloatImage:
-        """Degrade a prepared image as the protocol says, or seeded by the image's index where it says nothing."""
-        return self.degrade(clean, np.random.default_rng((VALIDATION_SEED, index)))
+    def degrade_for_validation(self, clean: FloatImage) -> FloatImage:
+        """Degrade a prepared image as the protocol says, or seeded by its pixels where it says nothing.
+
+        Neither the name nor the place of a file in its folder changes anything.
+        """
+        content = hashlib.sha256(np.ascontiguousarray(clean).tobytes()).digest()
+        return self.degrade(clean, np.random.default_rng((VALIDATION_SEED, int.from_bytes(content[:16], "big"))))
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ class Denoise(Task):
         sigma = rng.uniform(*self.sigma_255) if isinstance(self.sigma_255, tuple) else self.sigma_255
         return add_gaussian_noise(clean, sigma, rng)
 
-    def degrade_for_validation(self, clean: FloatImage, index: int) -> FloatImage:
+    def degrade_for_validation(self, clean: FloatImage) -> FloatImage:
         fixed = 25.0 if isinstance(self.sigma_255, tuple) else self.sigma_255
         return add_protocol_noise(clean, fixed if self.validation_sigma_255 is None else self.validation_sigma_255)
 
@@ -197,13 +205,15 @@ class SuperResolveJpeg(Task):
 
 @dataclass(frozen=True)
 class Jpeg(Task):
-    """JPEG artefacts on gray images of one quality; a colour image is first reduced to its BT.601 studio luma.
+    """JPEG artefacts on gray images of one quality, as DnCNN and SwinIR have them: gray is BT.601 studio luma, rounded.
 
-    With three channels the gray image is repeated, so that colour networks can be trained and scored on it.
+    A colour image is reduced to that luma (MATLAB's rgb2ycbcr) before anything else, a gray one is taken as it is. With
+    three channels the gray image is repeated: networks of one and of three channels get the same pixels.
     """
 
     name: ClassVar[str] = "jpeg"
     protocol_name: ClassVar[str] = "jpeg-y"
+    studio: ClassVar[bool] = True
     quality: int = 10
 
     def __post_init__(self) -> None:
@@ -220,9 +230,7 @@ class Jpeg(Task):
     def prepare(self, clean: FloatImage) -> FloatImage:
         if clean.shape[2] == 1 or (np.ptp(clean, axis=2) == 0).all():
             return clean
-        luma = 16 + clean.astype(np.float64) @ np.array([65.481, 128.553, 24.966])
-        gray = np.rint(luma).astype(np.float32)[..., None] / np.float32(255)
-        return np.broadcast_to(gray, clean.shape)
+        return np.broadcast_to(studio_luma(clean), clean.shape)
 
     def degrade(self, clean: FloatImage, rng: np.random.Generator) -> FloatImage:
         return np.broadcast_to(compress_jpeg(clean[..., :1], self.quality), clean.shape)

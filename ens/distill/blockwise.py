@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ens.data.pairs import derive_seed
+from ens.distill.fit import MAX_SKIPPED, PatchSource, ResumeMismatch, gains_from_bf16, learning_rate
 from ens.distill.library import Library
 from ens.distill.losses import relative_error
-from ens.distill.training import MAX_SKIPPED, PatchSource, ResumeMismatch, gains_from_bf16, learning_rate
 from ens.networks.checkpoints import load_state, remove_state, save_state
 from ens.networks.steps import Network, SlotSpec, create_filling, pad_to_multiple
 from ens.space import Choice
@@ -41,7 +42,7 @@ class _Pupil:
 
 
 def distill_library(teacher: Network, library: Library, patches: PatchSource, jobs: Sequence[tuple[SlotSpec, Choice]],
-                    *, macs: Callable[[SlotSpec, nn.Module], int], steps: int, batch_size: int, patch_px: int,
+                    *, steps: int, batch_size: int, patch_px: int,
                     lr: float = 2e-3, group_size: int = 64, seed: int = 0, device: str = "cpu",
                     bf16: bool | None = None, save_every: int = 100,
                     on_progress: Callable[[int, int, float], None] | None = None,
@@ -52,6 +53,7 @@ def distill_library(teacher: Network, library: Library, patches: PatchSource, jo
     manifest every `save_every` steps and taken up again by the same call. A surrogate whose loss was not finite ten
     times is marked failed and the others go on. `on_progress` gets (steps done, steps in all, mean relative error).
     """
+    teacher = copy.deepcopy(teacher).to(device)
     todo = [(spec, choice) for spec, choice in jobs if not library.has(spec.name, choice)]
     groups = [todo[i:i + group_size] for i in range(0, len(todo), group_size)]
     use_bf16 = gains_from_bf16(device) if bf16 is None else bf16
@@ -81,7 +83,7 @@ def distill_library(teacher: Network, library: Library, patches: PatchSource, jo
             if pupil.skipped >= MAX_SKIPPED:
                 failed = f"the loss was not finite {pupil.skipped} times; a lower learning rate than {lr} may help"
             library.store(pupil.spec, pupil.choice, pupil.blocks.to("cpu"), alignment_error=errors[pupil.key],
-                          macs=macs(pupil.spec, pupil.blocks), steps=steps, failed=failed)
+                          steps=steps, failed=failed)
         remove_state(checkpoint)
     return True
 
@@ -96,7 +98,8 @@ def _create_pupil(teacher: Network, spec: SlotSpec, choice: Choice, *, lr: float
 def create_surrogate(teacher: Network, spec: SlotSpec, choice: Choice, *, seed: int) -> nn.Sequential:
     """A surrogate before distillation; one of the teacher's own family starts from evenly spaced teacher blocks."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Every surrogate starts from numbers of its own, the same whatever else is distilled beside it.
+        torch.manual_seed(derive_seed(seed, spec.name, choice.label))
         blocks = create_filling(spec, choice)
     if choice.family == spec.family:
         original = list(teacher.get_submodule(spec.module).children()) if spec.depth > 1 else []

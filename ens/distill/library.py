@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ from ens.atomic import write_atomic
 from ens.networks import create_network
 from ens.networks.checkpoints import hash_weights
 from ens.networks.steps import Network, SlotSpec, create_filling
-from ens.space import Choice, SearchSpace
+from ens.space import BUILTIN, Choice, SearchSpace
 
 FORMAT = 1
-BUILTIN = "builtin:"
 
 
 class LibraryError(ValueError):
@@ -37,14 +36,13 @@ class Surrogate:
     """Manifest entry of one slot and choice.
 
     `alignment_error` is the squared error on unseen patches relative to the slot's own update, 0 is perfect and 1 as
-    good as no update; `macs` counts one image of 256×256; `failed` says why training was given up, "" when it was not.
+    good as no update; `failed` says why training was given up, "" when it was not.
     """
 
     slot: str
     choice: str
     alignment_error: float
     params: int
-    macs: int
     steps: int
     sha256: str
     failed: str = ""
@@ -72,7 +70,9 @@ class Library:
     @property
     def surrogates(self) -> dict[str, Surrogate]:
         """By `slot/choice`, in the order they were stored; failed ones included."""
-        return {key: Surrogate(**entry) for key, entry in self.manifest["surrogates"].items()}
+        names = [field.name for field in fields(Surrogate)]  # version 0.1 wrote multiply-adds, too
+        return {key: Surrogate(**{name: entry[name] for name in names if name in entry})
+                for key, entry in self.manifest["surrogates"].items()}
 
     def hash_of(self, space: SearchSpace) -> str:
         """Identifies the weights a search of this space runs on: the teacher's and every surrogate's."""
@@ -90,6 +90,12 @@ class Library:
         if entry is None:
             return f"{self.root.name} holds no {choice.label} for {slot}"
         return f"{choice.label} of {slot} failed: {entry.failed}" if entry.failed else ""
+
+    def create_skeleton(self) -> Network:
+        """The teacher's network without weights, on the meta device: its slots and sizes cost nothing to know."""
+        entry = self.manifest["teacher"]
+        with torch.device("meta"):
+            return create_network(entry["network"], **entry["options"])
 
     def load_teacher(self) -> Network:
         """The teacher, in evaluation mode; raises LibraryError when its weights are not those of the manifest."""
@@ -112,7 +118,7 @@ class Library:
             raise LibraryError(f"{path} does not hold the weights its manifest describes")
         return blocks.eval()
 
-    def store(self, spec: SlotSpec, choice: Choice, blocks: nn.Module, *, alignment_error: float, macs: int,
+    def store(self, spec: SlotSpec, choice: Choice, blocks: nn.Module, *, alignment_error: float,
               steps: int, failed: str = "") -> None:
         """Add one surrogate; of a failed one only the manifest entry is kept, never its weights."""
         dtype = getattr(torch, self.manifest["dtype"])
@@ -120,7 +126,7 @@ class Library:
             round_weights(blocks, dtype)
             save_weights(blocks, self._path(spec.name, choice), dtype)
         error = alignment_error if math.isfinite(alignment_error) else -1.0
-        entry = Surrogate(spec.name, choice.label, error, sum(p.numel() for p in blocks.parameters()), macs,
+        entry = Surrogate(spec.name, choice.label, error, sum(p.numel() for p in blocks.parameters()),
                           steps, "" if failed else hash_weights(blocks), failed)
         self.manifest["surrogates"][entry.key] = asdict(entry)
         self.write_manifest()
@@ -158,7 +164,7 @@ def open_library(path: str | Path) -> Library:
     """Open a library folder, or `builtin:NAME` of those that ship; raises LibraryError saying what is wrong."""
     root = builtin_folder(str(path)) if str(path).startswith(BUILTIN) else Path(path)
     try:
-        manifest = json.loads((root / "manifest.json").read_text())
+        manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LibraryError(f"{path} is not a library: it has no manifest.json") from None
     except ValueError as error:
@@ -178,6 +184,7 @@ def builtin_folder(name: str) -> Path:
 
 
 def save_weights(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
+    """Write the weights of a module as safetensors of this type."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.to(dtype).contiguous() for name, value in module.state_dict().items()}
     write_atomic(path, safetensors.torch.save(state))

@@ -1,93 +1,145 @@
-"""Genotype -> Measurement: genotypes that share a prefix share its activations.
+"""Genotype -> Measurement: genotypes that share a prefix share its activations, one image at a time.
 
 Shapes: images (C, H, W) float32; one image at a time goes through the network as (1, C, H, W).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ens.data.pairs import ValidationSet
-from ens.evaluate.cost import CostTable
-from ens.evaluate.metrics import Score, score, score_psnr_db
+from ens.data.pairs import ValidationImage, ValidationSet
+from ens.evaluate.meters import Meter
+from ens.evaluate.metrics import Score, score, score_input, score_psnr_db
 from ens.evaluate.protocols import Protocol
 from ens.networks.steps import Network, State, pad_to_multiple
+from ens.objectives import add_quality
 from ens.space import Genotype, Measurement, SearchSpace
+
+CACHE_BYTES = 2 * 2**30
 
 
 class Evaluator:
     """Measures genotypes of one space with one teacher, its surrogates and one validation set.
 
     `fillings[slot][choice]` is the module of every choice, None for the teacher's own and a text where the choice
-    cannot be built: genotypes that use it are recorded as invalid with that text. States at slot borders are kept
-    for the genotype evaluated last, so give genotypes in lexicographic order.
+    cannot be built: genotypes that use it are recorded as invalid with that text. States at slot borders are kept for
+    one image and one genotype, up to `cache_bytes` of them: memory does not grow with the number of images.
+    `teacher_psnr_db` is the teacher's PSNR of every image, which drops are measured from.
     """
 
     def __init__(self, network: Network, space: SearchSpace, fillings: Sequence[Sequence[nn.Module | str | None]], *,
-                 images: ValidationSet, protocol: Protocol, costs: CostTable, device: str = "cpu") -> None:
-        self._network = network.to(device).eval()
+                 images: ValidationSet, protocol: Protocol, meters: Mapping[str, Meter],
+                 teacher_psnr_db: Sequence[float], device: str = "cpu", cache_bytes: int = CACHE_BYTES) -> None:
+        # A copy, because its slots are filled: the teacher that was given stays the teacher.
+        network = copy.deepcopy(network).to(device).eval()
+        self._network = network
         self._space = space
-        self._fillings = [[network.get_submodule(network.slot(slot.name).module) if module is None else module
-                           for module in modules] for slot, modules in zip(space.slots, fillings, strict=True)]
+        self._fillings = [[network.get_submodule(network.slot(slot.name).module) if module is None else
+                           module if isinstance(module, str) else module.to(device) for module in modules]
+                          for slot, modules in zip(space.slots, fillings, strict=True)]
         self._slot_steps = [network.slot_step(slot.name) for slot in space.slots]
+        self._teacher_psnr_db = tuple(teacher_psnr_db)
         self._images = images.images
         self._protocol = protocol
-        self._costs = costs
+        self._meters = meters
         self._device = device
-        # One entry a slot border: the choices made before it, and the state of every image there.
-        self._cache: list[tuple[Genotype, int, list[State]]] = []
+        self._cache_bytes = cache_bytes
         self.steps_run = 0
 
-    def evaluate(self, genotypes: Iterable[Genotype]) -> Iterator[Measurement]:
-        """One measurement a genotype, in the given order; a hybrid that fails is an invalid measurement."""
-        for genotype in genotypes:
-            yield self.measure(genotype)
-
     def measure(self, genotype: Genotype) -> Measurement:
-        """PSNR of every validation image, parameters and MACs of this genotype."""
+        """`evaluate` of one genotype."""
+        return next(self.evaluate([genotype]))
+
+    def evaluate(self, genotypes: Sequence[Genotype]) -> Iterator[Measurement]:
+        """One measurement a genotype, in the given order: PSNR of every validation image, and every meter.
+
+        Image after image is run through all of them, sorted so that neighbours share the longest prefixes. A hybrid
+        that cannot be built, raises, or returns what is not finite is an invalid measurement that says so; only
+        memory that runs out is raised, for no genotype is to blame.
+        """
+        for genotype, (psnr_db, reason) in self._run_all(genotypes).items():
+            values = {name: meter.measure(genotype) for name, meter in self._meters.items()}
+            if not reason and not all(map(math.isfinite, psnr_db)):
+                reason = "PSNR is not finite"
+            yield add_quality(Measurement(genotype, values, psnr_db, not reason, reason),
+                              teacher_psnr_db=self._teacher_psnr_db)
+
+    def _run_all(self, genotypes: Sequence[Genotype]) -> dict[Genotype, tuple[tuple[float, ...], str]]:
+        """PSNR of every image, and why there is none ("" where there is), of every genotype in the given order."""
+        reasons = {genotype: self._missing(genotype) for genotype in genotypes}
+        psnr_db: dict[Genotype, list[float]] = {genotype: [] for genotype in genotypes}
+        for image in self._images:
+            cache = _PrefixCache(self._start(image), self._cache_bytes)
+            for genotype in sorted(genotype for genotype, reason in reasons.items() if not reason):
+                try:
+                    psnr_db[genotype].append(self._psnr_db(genotype, image, cache))
+                except MemoryError:
+                    raise
+                except Exception as error:
+                    if any(piece in str(error) for piece in ("out of memory", "allocate memory")):
+                        raise
+                    reasons[genotype] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return {genotype: (tuple(psnr_db[genotype]), reasons[genotype]) for genotype in genotypes}
+
+    def _missing(self, genotype: Genotype) -> str:
+        """Why the hybrid cannot be built, "" where it can."""
         self._space.check(genotype)
         chosen = [modules[index] for modules, index in zip(self._fillings, genotype, strict=True)]
-        reasons = [module for module in chosen if isinstance(module, str)]
-        if reasons:
-            return Measurement(genotype, {}, valid=False, note=reasons[0])
-        values = self._costs.costs(genotype)
-        with torch.inference_mode():
-            states = self._run(genotype, [module for module in chosen if isinstance(module, nn.Module)])
-        psnr_db = tuple(score_psnr_db(self._crop(state, image.clean.shape), image.clean, self._protocol)
-                        for state, image in zip(states, self._images, strict=True))
-        valid = all(map(math.isfinite, psnr_db))
-        return Measurement(genotype, values, psnr_db, valid, "" if valid else "PSNR is not finite")
+        return next((module for module in chosen if isinstance(module, str)), "")
 
-    def _run(self, genotype: Genotype, chosen: Sequence[nn.Module]) -> list[State]:
-        for slot, module in zip(self._space.slots, chosen, strict=True):
+    @torch.inference_mode()
+    def _psnr_db(self, genotype: Genotype, image: ValidationImage, cache: _PrefixCache) -> float:
+        for slot, modules, index in zip(self._space.slots, self._fillings, genotype, strict=True):
+            module = modules[index]
+            assert isinstance(module, nn.Module)
             self._network.fill(slot.name, module)
-        while self._cache and self._cache[-1][0] != genotype[:len(self._cache[-1][0])]:
-            self._cache.pop()
-        if not self._cache:
-            self._cache.append(((), 0, [self._start(image.degraded) for image in self._images]))
-        borders = [step for step in dict.fromkeys(self._slot_steps) if step > self._cache[-1][1]]
+        start, state = cache.deepest(genotype)
+        borders = [step for step in dict.fromkeys(self._slot_steps) if step > start]
         for border in [*borders, len(self._network.steps)]:
-            _, start, states = self._cache[-1]
-            states = [self._network.run(state, start, border) for state in states]
+            state = self._network.run(state, start, border)
             self.steps_run += border - start
+            start = border
             if border < len(self._network.steps):
-                decided = sum(step < border for step in self._slot_steps)
-                self._cache.append((genotype[:decided], border, states))
-        return states
+                cache.keep(genotype[:sum(step < border for step in self._slot_steps)], border, state)
+        height, width = image.clean.shape[-2:]
+        return score_psnr_db(state["x"][0, :, :height, :width].cpu(), image.clean, self._protocol)
 
-    def _start(self, degraded: torch.Tensor) -> State:
-        image = degraded[None].to(self._device)
-        return self._network.start(pad_to_multiple(image, self._network.size_multiple))
+    @torch.inference_mode()
+    def _start(self, image: ValidationImage) -> State:
+        padded = pad_to_multiple(image.degraded[None].to(self._device), self._network.size_multiple)
+        return self._network.start(padded)
 
-    @staticmethod
-    def _crop(state: State, shape: torch.Size) -> torch.Tensor:
-        return state["x"][0, :, :shape[-2], :shape[-1]].cpu()
+
+class _PrefixCache:
+    """States of one image at the slot borders of the genotype that ran last, within a budget of bytes.
+
+    A state beyond the budget is not kept: what follows it is computed again, with the same result.
+    """
+
+    def __init__(self, start: State, max_bytes: int) -> None:
+        self._stack: list[tuple[Genotype, int, State, int]] = [((), 0, start, 0)]
+        self._max_bytes = max_bytes
+
+    def deepest(self, genotype: Genotype) -> tuple[int, State]:
+        """Step and state of the longest prefix that this genotype shares with the last one."""
+        while self._stack[-1][0] != genotype[:len(self._stack[-1][0])]:
+            self._stack.pop()
+        return self._stack[-1][1:3]
+
+    def keep(self, prefix: Genotype, step: int, state: State) -> None:
+        """Keep a state; kept features that it shares with the one below it count once."""
+        below = {id(value) for value in self._stack[-1][2].values()}
+        new = {id(value): value.numel() * value.element_size() for value in state.values() if id(value) not in below}
+        total = self._stack[-1][3] + sum(new.values())
+        if total <= self._max_bytes:
+            self._stack.append((prefix, step, state, total))
 
 
 @dataclass(frozen=True)
@@ -110,13 +162,13 @@ class Evaluation:
 def evaluate_restorer(restore: Callable[[torch.Tensor], torch.Tensor], images: ValidationSet, protocol: Protocol, *,
                       on_progress: Callable[[int, int], None] | None = None) -> list[Score]:
     """PSNR and SSIM of every image for anything that maps (1, C, H, W) to (1, C, scale·H, scale·W)."""
-    return evaluate_protocols(restore, images, [protocol], on_progress=on_progress)[0]
+    return list(evaluate_protocols(restore, images, [protocol], on_progress=on_progress)[0].outputs)
 
 
 def evaluate_protocols(restore: Callable[[torch.Tensor], torch.Tensor], images: ValidationSet,
                        protocols: Sequence[Protocol], *,
-                       on_progress: Callable[[int, int], None] | None = None) -> list[list[Score]]:
-    """`evaluate_restorer` by several protocols: a list of scores each, every image restored once."""
+                       on_progress: Callable[[int, int], None] | None = None) -> list[Evaluation]:
+    """`evaluate_restorer` by several protocols, the degraded input too where sizes agree; every image restored once."""
     scores: list[list[Score]] = [[] for _ in protocols]
     with torch.inference_mode():
         for done, image in enumerate(images.images, 1):
@@ -125,9 +177,45 @@ def evaluate_protocols(restore: Callable[[torch.Tensor], torch.Tensor], images: 
                 found.append(score(output, image.clean, protocol))
             if on_progress is not None:
                 on_progress(done, len(images.images))
-    return scores
+    names = tuple(image.name for image in images.images)
+    same_size = [image for image in images.images if image.degraded.shape == image.clean.shape]
+    return [Evaluation(protocol.name, str(images.fingerprint), names, tuple(
+        score_input(image.degraded, image.clean, protocol) for image in same_size), tuple(found))
+        for protocol, found in zip(protocols, scores, strict=True)]
 
 
-def mean_psnr_db(network: nn.Module, images: ValidationSet, protocol: Protocol) -> float:
-    """Mean over the images of the PSNR of a network in evaluation mode."""
-    return statistics.fmean(item.psnr_db for item in evaluate_restorer(network.eval(), images, protocol))
+def list_psnr_db(network: nn.Module, images: ValidationSet, protocol: Protocol) -> tuple[float, ...]:
+    """PSNR of every image by a network in evaluation mode, dB."""
+    device = next((weight.device for weight in network.parameters()), torch.device("cpu"))
+    network.eval()
+    with torch.inference_mode():
+        return tuple(score_psnr_db(network(image.degraded[None].to(device))[0].cpu(), image.clean, protocol)
+                     for image in images.images)
+
+
+def list_input_psnr_db(images: ValidationSet, protocol: Protocol) -> tuple[float, ...]:
+    """PSNR of every degraded image as it is, dB; empty where the task changes the size."""
+    return tuple(score_input(image.degraded, image.clean, protocol).psnr_db for image in images.images
+                 if image.degraded.shape == image.clean.shape)
+
+
+class Judge:
+    """Figures of a network on the validation images, which choose, and on the report images, which choose nothing."""
+
+    def __init__(self, validation: ValidationSet, report: ValidationSet | None, protocol: Protocol) -> None:
+        self._sets = {"": validation, **({} if report is None else {"report_": report})}
+        self._protocol = protocol
+
+    def score(self, network: nn.Module) -> float:
+        """Mean PSNR on the validation images, dB."""
+        return statistics.fmean(list_psnr_db(network, self._sets[""], self._protocol))
+
+    def judge(self, network: nn.Module, state: str) -> dict[str, tuple[float, ...]]:
+        """PSNR of every image, dB: `psnr_db_STATE` on the validation images, `report_psnr_db_STATE` on the others."""
+        return {f"{prefix}psnr_db_{state}": list_psnr_db(network, images, self._protocol)
+                for prefix, images in self._sets.items()}
+
+    def judge_input(self) -> dict[str, tuple[float, ...]]:
+        """`judge` of the degraded images as they are, state `input`; empty where the task changes the size."""
+        return {f"{prefix}psnr_db_input": list_input_psnr_db(images, self._protocol)
+                for prefix, images in self._sets.items()}

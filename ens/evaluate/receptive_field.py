@@ -14,6 +14,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ens.data.pairs import ValidationImage
+from ens.networks.steps import Network, pad_to_multiple
+
 EnergyMap = NDArray[np.float64]
 
 _FLOOR = 1e-7
@@ -48,6 +51,14 @@ def measure_receptive_field(module: nn.Module, features: Sequence[Tensor], *, pr
     if not 0 < total < np.inf:
         raise ValueError(f"the gradient of the centre has energy {total}; there is no receptive field to measure")
     return np.asarray(energy / total)
+
+
+def measure_slot(network: Network, slot: str, images: Sequence[ValidationImage], *,
+                 module: nn.Module | None = None) -> EnergyMap:
+    """`measure_receptive_field` of what fills a slot, or of `module` in its place, on the features of these images."""
+    features = [network.capture(pad_to_multiple(image.degraded[None], network.size_multiple), [slot])[slot][0]
+                for image in images]
+    return measure_receptive_field(module or network.get_submodule(network.slot(slot).module), features)
 
 
 def energy_side_px(energy: EnergyMap, share: float) -> int:

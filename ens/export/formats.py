@@ -1,33 +1,22 @@
-"""ONNX files of networks, and the card beside them. A file appears only after ONNX Runtime has reproduced the network.
+"""FORMATS: suffix -> how a network is written and opened. A file appears only after its own runtime has reproduced it.
 
-Shapes: image (1, C, H, W) in [0, 1], H and W multiples of `size_multiple` -> (1, C, H·upscale, W·upscale).
+To add one: a file with a writer and an opener, a row in `FORMATS`, and a test.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-import onnxruntime
 import torch
 import yaml
-from torch import Tensor, nn
-from torch.export import Dim
+from torch import Tensor
 
 from ens.atomic import atomic_path, write_atomic
-from ens.export.graph import tidy_graph
 from ens.networks.steps import Network, pad_to_multiple
 
-ONNX_FORMAT = "ens onnx 1"
-OPSET = 20
-"""GELU is one operator from here on; below it ONNX Runtime is a tenth slower, above it is not faster (measured)."""
-_LARGEST_SIDE = 65536
 _LARGEST_PHOTO_PX = 512
 
 
@@ -35,94 +24,107 @@ class ExportError(RuntimeError):
     """A network that cannot be exported, or an exported file that does not reproduce it."""
 
 
-class _Restore(nn.Module):
-    """`Network.restore` as the forward that is exported."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.network.restore(image)
-
-
-def export_onnx(network: Network, path: str | Path, *, photo: Tensor, tolerance: float = 1e-4,
-                facts: Mapping[str, str] | None = None) -> float:
-    """Write the network as ONNX with dynamic height and width; return the largest relative error ‖a−b‖/‖b‖ seen.
-
-    ONNX Runtime opens the file and must reproduce PyTorch on three sizes and on `photo` (1, C, H, W), a real degraded
-    image. The file's metadata holds `size_multiple`, `upscale`, `channels` and `facts`. Raises ExportError, leaving
-    no file, when the network cannot be exported or the error exceeds `tolerance`.
+@dataclass(frozen=True)
+class OpenedFile:
+    """`run` maps (1, channels, H, W), sides multiples of the size multiple, as `Network.restore` does; `metadata` is
+    what `write_checked` put in.
     """
-    path = Path(path)
-    network = network.cpu().eval()
+
+    run: Callable[[Tensor], Tensor]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Format:
+    """`write(network, path, metadata)`, and `open(path, threads)` in the format's own runtime."""
+
+    name: str
+    write: Callable[[Network, Path, Mapping[str, str]], None]
+    open: Callable[[Path, int | None], OpenedFile]
+
+
+def _write_onnx(network: Network, path: Path, metadata: Mapping[str, str]) -> None:
+    from ens.export.onnx import write_onnx  # brings onnxscript, a second
+
+    write_onnx(network, path, metadata)
+
+
+def _open_onnx(path: Path, threads: int | None) -> OpenedFile:
+    from ens.export.onnx import open_onnx, run_onnx
+
+    session, metadata = open_onnx(path, threads)
+    return OpenedFile(lambda image: run_onnx(session, image), metadata)
+
+
+FORMATS: dict[str, Format] = {
+    ".onnx": Format("ens onnx 1", _write_onnx, _open_onnx),
+}
+
+
+def write_checked(network: Network, path: str | Path, *, photo: Tensor, tolerance: float = 1e-4,
+                  facts: Mapping[str, str] | None = None, on_event: Callable[[str], None] | None = None) -> float:
+    """Write the network in the format of the suffix; return the largest relative error ‖a−b‖/‖b‖ that was seen.
+
+    The format's runtime opens the file and must reproduce PyTorch on images of noise of three sizes, on black, white,
+    constant and half-black ones, and on `photo` (1, C, H, W), a real degraded image. Metadata are `size_multiple`,
+    `upscale`, `channels` and `facts`. `on_event` gets a line a step. Raises ExportError, leaving no file, when the
+    network cannot be exported or the error exceeds `tolerance`; memory or disk that runs out is raised as it is.
+    """
+    path, say = Path(path), on_event or (lambda line: None)
+    if path.suffix not in FORMATS:
+        raise ExportError(f"{path}: the suffix of an exported file is one of {', '.join(FORMATS)}")
+    kind, network = FORMATS[path.suffix], network.cpu().eval()
     if photo.ndim != 4 or photo.shape[:2] != (1, network.in_channels):
         raise ValueError(f"the photo is (1, {network.in_channels}, H, W), got {tuple(photo.shape)}")
-    metadata = {"format": ONNX_FORMAT, "size_multiple": str(network.size_multiple), "upscale": str(network.upscale),
+    metadata = {"format": kind.name, "size_multiple": str(network.size_multiple), "upscale": str(network.upscale),
                 "channels": str(network.in_channels)}
     taken = sorted(set(metadata) & set(facts or {}))
     if taken:
         raise ValueError(f"facts may not be called {', '.join(taken)}; these names describe the file")
-    model = _convert(network, {**metadata, **(facts or {})})
     with atomic_path(path) as temporary:
-        temporary.write_bytes(model)
-        error = measure_parity(network, temporary, photo=photo)
+        say(f"export: tracing {sum(spec.depth for spec in network.slots)} blocks, a second or two each")
+        try:
+            kind.write(network, temporary, {**metadata, **(facts or {})})
+        except (MemoryError, OSError):
+            raise
+        except Exception as failure:  # whatever an exporter meets, the answer is the same: no file, and why
+            reason = str(failure.__cause__ or failure).strip().split("\n")[0]
+            raise ExportError(f"the network cannot be exported to {path.suffix}: {reason}") from failure
+        say("export: comparing the file with PyTorch")
+        error = measure_parity(network, kind.open(temporary, None).run, photo=photo)
         if not error <= tolerance:
-            raise ExportError(f"{path.name}: ONNX Runtime differs from PyTorch by {error:.1e} relative, more than "
+            raise ExportError(f"{path.name}: its runtime differs from PyTorch by {error:.1e} relative, more than "
                               f"{tolerance:.0e}; the file was not kept")
     return error
 
 
-def _convert(network: Network, metadata: Mapping[str, str]) -> bytes:
-    multiple = network.size_multiple
-    largest = _LARGEST_SIDE // multiple
-    # Two different sides above 1, so that the exporter takes neither for a constant nor one for the other.
-    example = torch.zeros(1, network.in_channels, 6 * multiple, 8 * multiple)
-    sides = {2: multiple * Dim("h", min=1, max=largest), 3: multiple * Dim("w", min=1, max=largest)}
-    try:
-        with torch.no_grad(), _hushed():
-            program = torch.onnx.export(_Restore(network).eval(), (example,), dynamo=True, opset_version=OPSET,
-                                        dynamic_shapes={"image": sides}, input_names=["image"],
-                                        output_names=["restored"], verbose=False)
-    except Exception as error:  # whatever the exporter meets, the answer is the same: no file, and why
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise ExportError(f"the network cannot be exported to ONNX: {reason}") from error
-    assert program is not None
-    tidy_graph(program.model)
-    program.model.metadata_props.update(metadata)
-    return bytes(program.model_proto.SerializeToString())
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """The exporter reports on itself in warnings, log lines and prints; only errors matter here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def measure_parity(network: Network, path: str | Path, *, photo: Tensor) -> float:
-    """Largest relative error of an ONNX file against the network, on noise of three sizes and on a photo."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    multiple, generator = network.size_multiple, torch.Generator().manual_seed(0)
-    images = [torch.rand(1, network.in_channels, multiple * -(-height // multiple), multiple * -(-width // multiple),
-                         generator=generator) for height, width in ((64, 64), (48, 88), (8, 16))]
-    images.append(pad_to_multiple(photo[..., :_LARGEST_PHOTO_PX, :_LARGEST_PHOTO_PX].float(), multiple))
+def measure_parity(network: Network, run: Callable[[Tensor], Tensor], *, photo: Tensor) -> float:
+    """Largest relative error ‖a−b‖/‖b‖ of `run` against `network.restore`, NaN where one is; ExportError for shapes."""
     errors = []
-    for image in images:
+    for image in parity_images(network, photo):
         with torch.no_grad():
             expected = network.restore(image)
-        got = torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+        got = run(image)
         if got.shape != expected.shape:
             raise ExportError(f"the exported file gives {tuple(got.shape)} for {tuple(image.shape)}, the network "
                               f"{tuple(expected.shape)}")
-        errors.append((got - expected).norm() / expected.norm())
-    return float(torch.stack(errors).max())  # NaN where any is NaN
+        # An output of nothing but zeros has no relative error: one least significant bit of 16 is the scale then.
+        scale = expected.norm().clamp_min(expected.numel() ** 0.5 / 65535)
+        errors.append((got - expected).norm() / scale)
+    return float(torch.stack(errors).max())
+
+
+def parity_images(network: Network, photo: Tensor) -> list[Tensor]:
+    """What an exported file is compared on: noise of three sizes, black, white, constant, half-black, and the photo."""
+    generator, multiple = torch.Generator().manual_seed(0), network.size_multiple
+    sizes = [(max(multiple, height // multiple * multiple), max(multiple, width // multiple * multiple))
+             for height, width in ((64, 64), (48, 88), (8, 16))]
+    images = [torch.rand(1, network.in_channels, height, width, generator=generator) for height, width in sizes]
+    flat = [torch.full_like(images[1], value) for value in (0.0, 1.0, 0.5)]
+    half = images[1].clone()
+    half[..., : half.shape[-1] // 2] = 0
+    return [*images, *flat, half,
+            pad_to_multiple(photo[..., :_LARGEST_PHOTO_PX, :_LARGEST_PHOTO_PX].float(), multiple)]
 
 
 def write_card(path: str | Path, facts: Mapping[str, str], *, model: str) -> None:
@@ -131,6 +133,8 @@ def write_card(path: str | Path, facts: Mapping[str, str], *, model: str) -> Non
     A file with a selective scan gets a note that it is slow. `model` is the name of the ONNX file beside the card.
     """
     path = Path(path)
+    import onnx
+
     data = (path.parent / model).read_bytes()
     proto = onnx.load_from_string(data)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
@@ -151,7 +155,10 @@ _RUN = """\
 import numpy as np, onnxruntime, PIL.Image
 photo = np.atleast_3d(np.asarray(PIL.Image.open("in.png").convert("{mode}"), np.float32)) / 255
 height, width = photo.shape[:2]
-padded = np.pad(photo, ((0, -height % {multiple}), (0, -width % {multiple}), (0, 0)), "symmetric").transpose(2, 0, 1)
+for axis, pad in ((1, -width % {multiple}), (0, -height % {multiple})):
+    widths = [(0, pad if side == axis else 0) for side in range(3)]
+    photo = np.pad(photo, widths, "reflect" if pad < photo.shape[axis] else "edge")
+padded = photo.transpose(2, 0, 1)
 restored = onnxruntime.InferenceSession("{model}").run(None, {{"image": padded[None]}})[0][0].transpose(1, 2, 0)
 restored = (restored[:height * {upscale}, :width * {upscale}].clip(0, 1) * 255).round().astype("uint8").squeeze()
 PIL.Image.fromarray(restored).save("out.png")

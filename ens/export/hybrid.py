@@ -11,18 +11,20 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
+from ens.atomic import write_atomic
+from ens.distill.library import open_library
 from ens.networks import create_network
 from ens.networks.checkpoints import (
     CheckpointError,
     describe_recipe,
+    encode_tensors,
     hash_weights,
     load_checkpoint,
     load_strictly,
     read_metadata,
-    write_tensors,
 )
 from ens.networks.steps import Network, create_filling
-from ens.space import Choice
+from ens.space import BUILTIN, Choice, Genotype, format_genotype
 
 HYBRID_FORMAT = "ens hybrid 1"
 _DESCRIPTION = ("format", "network", "options", "slots", "weights_sha256")
@@ -55,7 +57,7 @@ def save_hybrid(path: str | Path, network: Network, *, choices: Mapping[str, Cho
     taken = sorted(set(facts) & set(metadata))
     if taken:
         raise ValueError(f"facts may not be called {', '.join(taken)}; these names describe the network")
-    write_tensors(path, network.state_dict(), {**metadata, **facts})
+    write_atomic(path, encode_tensors(network.state_dict(), {**metadata, **facts}))
 
 
 def load_hybrid(path: str | Path) -> Network:
@@ -81,13 +83,43 @@ def _read_choice(entry: Mapping[str, Any]) -> Choice:
     return Choice(entry["family"], entry["depth"], tuple(entry["options"].items()))
 
 
+class HybridFiles:
+    """Where the hybrids of a run are: `finetune/GENOTYPE-RECIPE.safetensors` and `export/GENOTYPE.onnx`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def tuned(self, genotype: Genotype, recipe: str) -> Path:
+        """The hybrid fine-tuned by a recipe (its key)."""
+        return self.folder / "finetune" / f"{format_genotype(genotype)}-{recipe}.safetensors"
+
+    def list_tuned(self) -> list[Path]:
+        """Every fine-tuned hybrid, by name."""
+        return sorted((self.folder / "finetune").glob("*.safetensors"))
+
+    def exported(self, genotype: Genotype) -> Path:
+        """The exported ONNX file; its weights and card have the same stem."""
+        return self.folder / "export" / f"{format_genotype(genotype)}.onnx"
+
+    def is_exported(self, genotype: Genotype, tuned: Path | None) -> bool:
+        """Whether the exported file holds these fine-tuned weights."""
+        target = self.exported(genotype)
+        weights = target.with_suffix(".safetensors")
+        return tuned is not None and target.exists() and weights.exists() and read_facts(weights) == read_facts(tuned)
+
+
 def read_facts(path: str | Path) -> dict[str, str]:
     """Facts stored beside the weights by `save_hybrid` or `save_checkpoint`, without the network's description."""
     return {key: value for key, value in sorted(read_metadata(path).items()) if key not in _DESCRIPTION}
 
 
 def open_network(path: str | Path) -> Network:
-    """Open a hybrid file or a checkpoint (released or own), whichever it is. Raises CheckpointError."""
+    """Open a hybrid file, a checkpoint (released or own), or `builtin:NAME` for a shipped teacher.
+
+    Raises CheckpointError, or LibraryError for a teacher that does not ship.
+    """
+    if str(path).startswith(BUILTIN):
+        return open_library(str(path)).load_teacher()
     if read_metadata(path).get("format", "").startswith("ens hybrid"):
         return load_hybrid(path)
     return load_checkpoint(path)

@@ -239,12 +239,13 @@ def save_checkpoint(path: str | Path, network: Network, *, facts: Mapping[str, s
     path = Path(path)
     if path.suffix == ".pth":
         buffer = io.BytesIO()
-        torch.save({"params": _finite_state(network)}, buffer)
-        write_atomic(path, buffer.getvalue())
+        torch.save({"params": _finite(network.state_dict())}, buffer)
+        data = buffer.getvalue()
     elif path.suffix == ".safetensors":
-        write_tensors(path, _finite_state(network), describe_recipe(network, CHECKPOINT_FORMAT, facts))
+        data = encode_tensors(network.state_dict(), describe_recipe(network, CHECKPOINT_FORMAT, facts))
     else:
         raise ValueError(f"a checkpoint ends in .safetensors or .pth, got {path.name}")
+    write_atomic(path, data)
 
 
 def describe_recipe(network: Network, file_format: str, facts: Mapping[str, str] | None) -> dict[str, str]:
@@ -260,21 +261,17 @@ def describe_recipe(network: Network, file_format: str, facts: Mapping[str, str]
     return {**own, **(facts or {})}
 
 
-def _finite_state(network: nn.Module) -> dict[str, Tensor]:
-    state = network.state_dict()
-    for name, value in state.items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{name} holds NaN or infinity; such weights are never stored")
-    return state
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under a temporary name, fsync, rename. Raises ValueError for values not finite."""
+def _finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} holds NaN or infinity; such weights are never stored")
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomic(Path(path), safetensors.torch.save(contiguous, dict(metadata)))
+    return dict(tensors)
+
+
+def encode_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file. Raises ValueError for values not finite."""
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in _finite(tensors).items()}
+    return bytes(safetensors.torch.save(contiguous, dict(metadata)))
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

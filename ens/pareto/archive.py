@@ -1,18 +1,20 @@
 """Every measurement ever made, as an Optuna study: a SQLite file by default, or any Optuna storage URL.
 
 One trial a measurement: parameters = slot name -> choice label, values = objectives, state FAIL where the measurement
-is invalid. optuna-dashboard opens the file as it is. A search resumes by replaying `measurements()`.
+is invalid. optuna-dashboard opens the file as it is. A search resumes by replaying `measurements()`. What is learnt
+later (fine-tuned results, hybrids that cannot be exported) and the baseline are attributes of the study.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import socket
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,18 +22,29 @@ from typing import Any
 import optuna
 import sqlalchemy
 from filelock import FileLock, Timeout
-from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import StorageInternalError
-from optuna.trial import FrozenTrial, TrialState
 
+from ens.pareto.baseline import REPORT_KEYS, Baseline, Tuned
+from ens.pareto.records import (
+    from_baseline,
+    from_stored,
+    read_genotype,
+    read_space,
+    read_tuned,
+    space_manifest,
+    to_baseline,
+    to_trial,
+)
+from ens.pareto.trials import Trials
 from ens.space import Genotype, Measurement, SearchSpace, format_genotype
 
 # Optuna logs every new study at INFO to stderr, where progress bars live.
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-_MANIFEST = "ens"
-_UNUSABLE = "ens:unusable"
-"""Key of the study attribute that holds what must match when a run is resumed."""
+# Keys of study attributes: what must match when a run is resumed, and what need not.
+_MANIFEST, _BASELINE = "ens", "ens:baseline"
+# One attribute a genotype (and recipe), so that two processes never overwrite each other's.
+_UNUSABLE, _TUNED = "ens:unusable:", "ens:tuned:"
 
 
 class ArchiveMismatch(ValueError):
@@ -43,23 +56,33 @@ class ArchiveLocked(RuntimeError):
 
 
 class Archive:
-    """Measurements of one run in the order of recording; made by open_archive (writing) or read_archive."""
+    """Measurements of one run in the order of recording; made by open_archive (writing) or read_archive.
 
-    def __init__(self, study: optuna.Study, *, manifest: Mapping[str, Any], lock: FileLock | None,
+    It shows what was there when it was opened and what it recorded itself.
+    """
+
+    def __init__(self, attributes: Mapping[str, Any], trials: Trials, *, lock: FileLock | None,
                  writable: bool) -> None:
-        self.manifest = dict(manifest)
-        self._study = study
+        self.manifest: dict[str, Any] = attributes[_MANIFEST]
+        self.baseline = from_baseline(attributes[_BASELINE]) if _BASELINE in attributes else None
+        self._trials = trials
         self._lock = lock
         self._writable = writable
+        self._tuned = read_tuned({key.removeprefix(_TUNED): stored for key, stored in attributes.items()
+                                   if key.startswith(_TUNED)})
         self._known: dict[Genotype, Measurement] = {}
-        for trial in study.get_trials(deepcopy=False):
+        for state, stored in trials.read():
             # Two machines that share a database may both have measured a genotype: the first trial counts.
-            if "genotype" in trial.user_attrs:
-                measurement = _from_trial(trial)
+            if "genotype" in stored:
+                measurement = from_stored(state, stored)
                 self._known.setdefault(measurement.genotype, measurement)
-        for genotype, measurement in self._known.items():
-            if reason := study.user_attrs.get(_UNUSABLE, {}).get(format_genotype(genotype)):
-                self._known[genotype] = dataclasses.replace(measurement, valid=False, note=reason)
+        for genotype, results in self._tuned.items():
+            if genotype in self._known:
+                self._known[genotype] = dataclasses.replace(self._known[genotype], psnr_db_tuned=results[0].psnr_db)
+        for key, reason in attributes.items():
+            genotype = read_genotype(key.removeprefix(_UNUSABLE)) if key.startswith(_UNUSABLE) else ()
+            if genotype in self._known:
+                self._known[genotype] = dataclasses.replace(self._known[genotype], valid=False, note=reason)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -68,7 +91,22 @@ class Archive:
     @property
     def slots(self) -> dict[str, list[str]]:
         """Choice labels of every slot, in slot order."""
-        return dict(self.manifest["slots"])
+        return {name: self.manifest["slots"][name] for name in self.manifest["slot_order"]}
+
+    @property
+    def space(self) -> SearchSpace:
+        """The space that was searched, with its prices; no network is needed."""
+        return read_space(self.manifest)
+
+    @property
+    def tuned(self) -> dict[Genotype, Tuned]:
+        """The fine-tuned result of highest mean validation PSNR of every genotype that has one."""
+        return {genotype: results[0] for genotype, results in self._tuned.items()}
+
+    @property
+    def tuned_by_recipe(self) -> dict[Genotype, tuple[Tuned, ...]]:
+        """Every fine-tuned result, one a recipe, the best first."""
+        return dict(self._tuned)
 
     def measurements(self) -> list[Measurement]:
         """All measurements, invalid ones included, in the order of recording."""
@@ -77,6 +115,22 @@ class Archive:
     def known(self) -> dict[Genotype, Measurement]:
         """The same by genotype, in the order of recording."""
         return dict(self._known)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that is known: measurements, invalid ones, fine-tuned results."""
+        known = [(one.genotype, sorted(one.values.items()), one.psnr_db, one.valid, one.note)
+                 for one in self._known.values()]
+        return hashlib.sha256(repr((known, sorted(self._tuned.items()))).encode()).hexdigest()
+
+    def check(self, expected: Mapping[str, Any]) -> None:
+        """Compare those keys of a manifest that are at hand, `space_manifest` among them, with what is stored.
+
+        Raises ArchiveMismatch with every difference.
+        """
+        expected = json.loads(json.dumps(expected))
+        if found := _differences({key: self.manifest.get(key) for key in expected}, expected):
+            raise ArchiveMismatch(f"the archive was recorded with another configuration: {'; '.join(found)}")
 
     def record(self, measurement: Measurement) -> None:
         """Store a measurement; it is on disk when this returns.
@@ -88,11 +142,11 @@ class Archive:
             raise RuntimeError("the archive was opened for reading; open it with open_archive to record")
         if measurement.genotype in self._known:
             raise ValueError(f"genotype {format_genotype(measurement.genotype)} was recorded before")
-        trial = _to_trial(measurement, slots=self.slots, objectives=self.objectives,
+        trial = to_trial(measurement, slots=self.slots, objectives=self.objectives,
                           engine=str(self.manifest.get("engine", "")))
         try:
-            self._study.add_trial(trial)
-        except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+            self._trials.insert(trial)
+        except sqlalchemy.exc.SQLAlchemyError as error:
             raise OSError(f"measurement {format_genotype(measurement.genotype)} could not be stored: "
                           f"{_reason(error)}") from error
         self._known[measurement.genotype] = measurement
@@ -100,6 +154,7 @@ class Archive:
     def close(self) -> None:
         """Let the next writer in; also done by leaving a `with` block."""
         self._writable = False
+        self._trials.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -111,28 +166,26 @@ class Archive:
         self.close()
 
 
-def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequence[str],
-                 manifest: Mapping[str, Any], name: str = "ens") -> Archive:
+def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequence[str], manifest: Mapping[str, Any],
+                 baseline: Baseline | None = None, name: str = "ens") -> Archive:
     """Create an archive, or open it to go on recording.
 
     `storage` is a file path or an Optuna storage URL, `name` the study in it. `manifest` holds, as JSON values, what
-    else must be the same when a run is resumed (seed, engine, protocol, hashes); objectives, slots and penalties are
-    added here. A database server takes any number of writers. Raises ArchiveMismatch naming the differences,
-    ArchiveLocked naming the process that writes to the same SQLite file, ValueError for a file that is no archive.
+    else must be the same when a run is resumed (seed, engine, protocol, hashes); objectives and space are added here.
+    `baseline` is kept as it is given first and not compared: its floats differ between numbers of threads. A database
+    server takes any number of writers. Raises ArchiveMismatch naming the differences, ArchiveLocked naming the process
+    that writes to the same SQLite file, ValueError for a file that is no archive.
     """
-    stored = json.loads(json.dumps({
-        **manifest, "objectives": list(objectives), "slot_order": [slot.name for slot in space.slots],
-        "slots": {slot.name: [choice.label for choice in slot.choices] for slot in space.slots},
-        "penalty": {"teacher": space.penalty_teacher, "per_block": space.penalty_per_block}}))
+    stored = json.loads(json.dumps({**manifest, "objectives": list(objectives), **space_manifest(space)}))
     path = _sqlite_path(storage)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
     lock = None if path is None else acquire_lock(path)
     try:
-        study = _load(storage, name=name, num_objectives=len(objectives))
+        study, trials = _load(storage, name=name, num_objectives=len(objectives))
         found = study.user_attrs.get(_MANIFEST)
         if found is None:
-            if study.get_trials(deepcopy=False):
+            if len(trials):
                 raise ArchiveMismatch(f"study {name!r} in {_printed(storage)} was not recorded by ens")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -141,7 +194,9 @@ def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequenc
         elif found != stored:
             raise ArchiveMismatch(f"{_printed(storage)} was recorded with another configuration: "
                                   f"{'; '.join(_differences(found, stored))}")
-        return Archive(study, manifest=stored, lock=lock, writable=True)
+        if baseline is not None and _BASELINE not in study.user_attrs:
+            study.set_user_attr(_BASELINE, to_baseline(baseline))
+        return Archive(study.user_attrs, trials, lock=lock, writable=True)
     except BaseException:
         if lock is not None:
             lock.release()
@@ -153,74 +208,99 @@ def read_archive(storage: str | Path, *, name: str = "ens") -> Archive:
 
     Raises FileNotFoundError where there is no file, ValueError for a file that is no archive of ens.
     """
-    path = _sqlite_path(storage)
-    if path is not None and not path.is_file():
-        raise FileNotFoundError(f"there is no archive at {path}")
-    study = _load(storage, name=name, num_objectives=None)
-    if _MANIFEST not in study.user_attrs:
-        raise ValueError(f"study {name!r} in {_printed(storage)} was not recorded by ens")
-    return Archive(study, manifest=study.user_attrs[_MANIFEST], lock=None, writable=False)
+    study, trials = _load_recorded(storage, name)
+    try:
+        return Archive(study.user_attrs, trials, lock=None, writable=False)
+    finally:
+        trials.close()
 
 
 def mark_invalid(storage: str | Path, genotype: Genotype, reason: str, *, name: str = "ens") -> None:
     """Take a genotype off the front for good, for instance because its hybrid cannot be exported; it stays visible."""
-    study = _load(storage, name=name, num_objectives=None)
-    study.set_user_attr(_UNUSABLE, {**study.user_attrs.get(_UNUSABLE, {}), format_genotype(genotype): reason})
+    study, trials = _load_recorded(storage, name)
+    trials.close()
+    read_space(study.user_attrs[_MANIFEST]).check(genotype)
+    study.set_user_attr(_UNUSABLE + format_genotype(genotype), reason)
 
 
-def _load(storage: str | Path, *, name: str, num_objectives: int | None) -> optuna.Study:
-    """The study of that name; created when `num_objectives` is given and it does not exist."""
+def record_tuned(storage: str | Path, genotype: Genotype, *, recipe: str, psnr_db: Sequence[float],
+                 report: Mapping[str, float], name: str = "ens") -> None:
+    """Keep what fine-tuning with `recipe` made of a genotype, also while another process writes to the archive.
+
+    `psnr_db` is the PSNR of every validation image, `report` the mean PSNR on images that chose nothing, in dB, by
+    `input`, `before`, `after` and `teacher` (or empty). The same recipe again replaces its earlier result. Raises
+    ValueError for numbers that are not finite, other keys, or a genotype that the space does not have.
+    """
+    if not psnr_db or not all(map(math.isfinite, (*psnr_db, *report.values()))):
+        raise ValueError(f"a fine-tuned result needs finite PSNRs, got {list(psnr_db)} and {dict(report)}")
+    if unknown := [key for key in report if key not in REPORT_KEYS]:
+        raise ValueError(f"the report images have no {unknown[0]!r}; they have {', '.join(REPORT_KEYS)}")
+    study, trials = _load_recorded(storage, name)
+    trials.close()
+    read_space(study.user_attrs[_MANIFEST]).check(genotype)
+    study.set_user_attr(f"{_TUNED}{format_genotype(genotype)}:{recipe}",
+                        {"psnr_db": [float(value) for value in psnr_db],
+                         "report": {key: float(value) for key, value in report.items()}})
+
+
+def storage_url(storage: str | Path) -> str:
+    """SQLAlchemy URL of a storage: every character of a file path means itself, a URL stays what it is.
+
+    Raises ValueError for a path longer than SQLite takes.
+    """
     path = _sqlite_path(storage)
-    url = str(storage) if path is None else f"sqlite:///{path}"
+    if path is None:
+        return str(storage)
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise ValueError(f"SQLite takes paths of {_LONGEST_PATH} bytes at most; {path} has {len(os.fsencode(path))}")
+    return sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+
+
+# SQLite's MAX_PATHNAME on Unix is 512 with the closing zero; its journal's name is 8 longer than the file's.
+_LONGEST_PATH = 503
+
+
+def _load(storage: str | Path, *, name: str, num_objectives: int | None) -> tuple[optuna.Study, Trials]:
+    """The study of that name; created when `num_objectives` is given and it does not exist."""
+    url = storage_url(storage)
     try:
         if num_objectives is None:
-            return optuna.load_study(study_name=name, storage=url)
-        return optuna.create_study(study_name=name, storage=url, load_if_exists=True,
-                                   directions=["minimize"] * num_objectives)
+            study = optuna.load_study(study_name=name, storage=url)
+        else:
+            study = optuna.create_study(study_name=name, storage=url, load_if_exists=True,
+                                        directions=["minimize"] * num_objectives)
+        return study, Trials(url, name=name)
     except KeyError:
         raise ValueError(f"{_printed(storage)} holds no study named {name!r}") from None
     except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
         raise ValueError(f"{_printed(storage)} cannot be opened as an archive: {_reason(error)}") from error
 
 
-def _to_trial(measurement: Measurement, *, slots: Mapping[str, Sequence[str]], objectives: Sequence[str],
-              engine: str) -> FrozenTrial:
-    if len(measurement.genotype) != len(slots):
-        raise ValueError(f"a genotype of this archive has {len(slots)} entries, got {len(measurement.genotype)}")
-    labels = {slot: choices[index]
-              for (slot, choices), index in zip(slots.items(), measurement.genotype, strict=True)}
-    values = [measurement.values.get(name, math.nan) for name in objectives]
-    if measurement.valid and not all(map(math.isfinite, values)):
-        raise ValueError(f"a valid measurement needs finite {', '.join(objectives)}, got {values}")
-    distributions: dict[str, BaseDistribution] = {slot: CategoricalDistribution(tuple(choices))
-                                                  for slot, choices in slots.items()}
-    return optuna.create_trial(
-        state=TrialState.COMPLETE if measurement.valid else TrialState.FAIL,
-        values=values if measurement.valid else None, params=labels, distributions=distributions,
-        user_attrs={"genotype": format_genotype(measurement.genotype), "engine": engine, "note": measurement.note,
-                    "psnr_db": _to_json(measurement.psnr_db),
-                    "values": dict(zip(measurement.values, _to_json(measurement.values.values()), strict=True))})
-
-
-def _from_trial(trial: FrozenTrial) -> Measurement:
-    stored = trial.user_attrs
-    return Measurement(genotype=tuple(int(index) for index in stored["genotype"].split("-")),
-                       values={name: float(value) for name, value in stored["values"].items()},
-                       psnr_db=tuple(float(value) for value in stored["psnr_db"]),
-                       valid=trial.state == TrialState.COMPLETE, note=stored["note"])
-
-
-def _to_json(numbers: Iterable[float]) -> list[float | str]:
-    """NaN and infinities as text: they are not JSON, and the dashboard's parser would reject the whole study."""
-    return [float(number) if math.isfinite(number) else str(float(number)) for number in numbers]
+def _load_recorded(storage: str | Path, name: str) -> tuple[optuna.Study, Trials]:
+    """A study that open_archive made; raises FileNotFoundError or ValueError for anything else."""
+    path = _sqlite_path(storage)
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"there is no archive at {path}")
+    study, trials = _load(storage, name=name, num_objectives=None)
+    manifest = study.user_attrs.get(_MANIFEST)
+    if manifest is None:
+        raise ValueError(f"study {name!r} in {_printed(storage)} was not recorded by ens")
+    if "space" not in manifest:
+        raise ValueError(f"{_printed(storage)} was recorded by an older version of ens, which priced transformers "
+                         "otherwise; search again in another run folder")
+    return study, trials
 
 
 def _sqlite_path(storage: str | Path) -> Path | None:
-    """File behind a path or a sqlite URL; None for a database server."""
-    text = str(storage)
-    if text.startswith("sqlite:///"):
-        return Path(text.removeprefix("sqlite:///")).absolute()
-    return None if "://" in text else Path(text).absolute()
+    """File behind a path or a SQLite URL; None for a database server. Raises ValueError for a SQLite URL of no file."""
+    if isinstance(storage, Path) or "://" not in storage:
+        return Path(storage).absolute()
+    url = sqlalchemy.make_url(storage)
+    if url.get_backend_name() != "sqlite":
+        return None
+    if not url.database:
+        raise ValueError(f"{storage} names no file; write for instance sqlite:///runs/archive.db")
+    return Path(url.database).absolute()
 
 
 def acquire_lock(path: Path) -> FileLock:
@@ -234,9 +314,9 @@ def acquire_lock(path: Path) -> FileLock:
     try:
         lock.acquire()
     except Timeout:
-        raise ArchiveLocked(f"{path} is being written by {lock_path.read_text().strip() or 'another process'}; "
-                            "wait for it or stop it") from None
-    lock_path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        holder = lock_path.read_text(encoding="utf-8").strip() or "another process"
+        raise ArchiveLocked(f"{path} is being written by {holder}; wait for it or stop it") from None
+    lock_path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
     return lock
 
 

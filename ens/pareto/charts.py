@@ -1,55 +1,69 @@
-"""The figures of a report: one matplotlib PNG, and plotly figures as JSON for the HTML page."""
+"""The figures of a report: one matplotlib PNG, and plotly figures as JSON for the HTML page.
+
+Heavy packages are imported by the function that draws with them: a run that has nothing left to do draws nothing.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import plotly.graph_objects as go
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
-from ens.objectives import format_value
+from ens.objectives import OBJECTIVES, objective_values
 from ens.pareto.front import hypervolume_history
-from ens.pareto.selection import Front, measured_values
+from ens.pareto.selection import Front
+from ens.pareto.tables import drop_text, tuned_drop_db
 from ens.space import Measurement, SearchSpace, format_genotype
 
-_GREY, _LINE, _KNEE, _NEAR = "#9aa5b1", "#0072B2", "#D55E00", "#E69F00"
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
-_AXES = {"psnr_drop_db": "PSNR drop from the teacher (dB)", "penalty": "transformer usage penalty",
-         "macs": "multiply-adds (MACs)", "params": "parameters"}
+_GREY, _LINE, _KNEE, _NEAR, _TUNED, _TEACHER = "#9aa5b1", "#0072B2", "#D55E00", "#E69F00", "#009E73", "#1b2430"
+_MOST_TEXTS = 3000
+"""Measured points that are not on the front carry a hover text up to this many: more would make the page slow."""
 
 
 def draw_png(*, title: str, measurements: Sequence[Measurement], front: Front) -> bytes:
-    """All measurements, the front, its knee and the nearest as a PNG of 1200×750 pixels."""
+    """All measurements, the front with ±1 standard error, its knee and nearest, teacher, degraded input and fine-tuned
+    members, as a PNG of 1200×750 pixels.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
     x, y, colour = _axes(front.objectives)
-    others = measured_values([item for item in measurements if item.valid], front.objectives)
+    others, values = objective_values([item for item in measurements if item.valid], front.objectives), front.values
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.scatter(others[:, x], others[:, y], s=14, color=_GREY, alpha=0.6, linewidths=0, label="measured")
-    values = front.values
+    axes.errorbar(values[:, x], values[:, y], yerr=_errors(front, y), fmt="none", ecolor=_LINE, elinewidth=1, capsize=2)
     if colour is None:
         axes.step(values[::-1, x], values[::-1, y], where="post", color=_LINE, linewidth=1)
         axes.scatter(values[:, x], values[:, y], s=30, color=_LINE, label="front", zorder=3)
     else:
         points = axes.scatter(values[:, x], values[:, y], s=30, c=values[:, colour], cmap="cividis", label="front",
                               zorder=3)
-        figure.colorbar(points, format=EngFormatter() if front.objectives[colour] in ("macs", "params") else None,
-                        label=_AXES.get(front.objectives[colour], front.objectives[colour]))
+        objective = OBJECTIVES[front.objectives[colour]]
+        figure.colorbar(points, format=EngFormatter() if objective.si else None, label=objective.label)
     near = values[list(front.nearest)]
     axes.scatter(near[:, x], near[:, y], s=90, facecolors="none", edgecolors=_NEAR, linewidths=1.8,
-                 label="five nearest", zorder=4)
+                 label="nearest to the knee", zorder=4)
     axes.scatter(values[front.knee, x], values[front.knee, y], s=190, marker="*", color=_KNEE, label="knee", zorder=5)
-    axes.set_xlabel(_AXES.get(front.objectives[x], front.objectives[x]))
-    axes.set_ylabel(_AXES.get(front.objectives[y], front.objectives[y]))
-    if front.objectives[x] in ("macs", "params"):
-        axes.xaxis.set_major_formatter(EngFormatter())
+    for label, points_x, points_y, marker, shade in _extras(front, x, y):
+        axes.scatter(points_x, points_y, marker=marker, s=50, color=shade, label=label, zorder=5)
+    if (limit := _input_drop(front, y)) is not None:
+        axes.axhline(limit, color=_TEACHER, linewidth=1, linestyle="--", label="degraded input")
+    for name, set_label, axis in ((front.objectives[x], axes.set_xlabel, axes.xaxis),
+                                  (front.objectives[y], axes.set_ylabel, axes.yaxis)):
+        set_label(OBJECTIVES[name].label)
+        if OBJECTIVES[name].si:
+            axis.set_major_formatter(EngFormatter())
     axes.set_title(title, fontsize=11)
     axes.grid(color="#e4e8ec", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -57,47 +71,62 @@ def draw_png(*, title: str, measurements: Sequence[Measurement], front: Front) -
 
 def front_figure(*, measurements: Sequence[Measurement], front: Front, space: SearchSpace) -> str:
     """Plotly JSON of the scatter. Trace `front` carries the members in order, so that a click selects one."""
+    import plotly.graph_objects as go
+
     x, y, colour = _axes(front.objectives)
     on_front = {member.genotype for member in front.members}
     rest = [item for item in measurements if item.valid and item.genotype not in on_front]
-    others, values = measured_values(rest, front.objectives), front.values
+    others, values = objective_values(rest, front.objectives), front.values
     figure = go.Figure()
-    figure.add_scatter(x=others[:, x], y=others[:, y], mode="markers", name="measured", hoverinfo="text",
-                       hovertext=[hover_text(item, front.objectives, space) for item in rest],
+    figure.add_scatter(x=others[:, x], y=others[:, y], mode="markers", name="measured",
+                       hoverinfo="text" if len(rest) <= _MOST_TEXTS else "skip",
+                       hovertext=[hover_text(item, space) for item in rest] if len(rest) <= _MOST_TEXTS else None,
                        marker={"color": _GREY, "size": 6, "opacity": 0.65})
     marker: dict[str, object] = {"color": _LINE, "size": 9}
     if colour is not None:
-        name = front.objectives[colour]
+        title = {"text": OBJECTIVES[front.objectives[colour]].label, "side": "right"}
         marker = {"color": values[:, colour], "colorscale": "Cividis", "size": 10,
-                  "colorbar": {"title": {"text": _AXES.get(name, name), "side": "right"}, "thickness": 12}}
-    figure.add_scatter(x=values[:, x], y=values[:, y], name="front", marker=marker, hoverinfo="text",
-                       mode="lines+markers" if colour is None else "markers",
+                  "colorbar": {"title": title, "thickness": 12}}
+    errors = _errors(front, y)
+    figure.add_scatter(x=values[:, x], y=values[:, y], name="front, before fine-tuning", marker=marker,
+                       hoverinfo="text", mode="lines+markers" if colour is None else "markers",
+                       error_y=None if errors is None else {"array": errors, "thickness": 1, "width": 3},
                        line={"color": _LINE, "width": 1, "shape": "vh"},
-                       hovertext=[hover_text(item, front.objectives, space) for item in front.members])
+                       hovertext=[hover_text(item, space) for item in front.members])
     near = values[list(front.nearest)]
-    figure.add_scatter(x=near[:, x], y=near[:, y], mode="markers", name="five nearest", hoverinfo="skip",
+    figure.add_scatter(x=near[:, x], y=near[:, y], mode="markers", name="nearest to the knee", hoverinfo="skip",
                        marker={"symbol": "circle-open", "size": 15, "color": _NEAR, "line": {"width": 2.5}})
     figure.add_scatter(x=[values[front.knee, x]], y=[values[front.knee, y]], mode="markers", name="knee",
                        hoverinfo="skip", marker={"symbol": "star", "size": 18, "color": _KNEE})
-    return _styled(figure, xaxis=front.objectives[x], yaxis=front.objectives[y])
+    for label, points_x, points_y, _, shade in _extras(front, x, y):
+        figure.add_scatter(x=points_x, y=points_y, mode="markers", name=label, hoverinfo="name",
+                           marker={"symbol": "diamond", "size": 11, "color": shade})
+    if (limit := _input_drop(front, y)) is not None:
+        figure.add_hline(y=limit, line={"color": _TEACHER, "width": 1, "dash": "dash"},
+                         annotation={"text": "degraded input", "font": {"size": 11}})
+    return _styled(figure, xaxis=OBJECTIVES[front.objectives[x]].label, yaxis=OBJECTIVES[front.objectives[y]].label)
 
 
 def hypervolume_figure(*, measurements: Sequence[Measurement], front: Front, reference: Sequence[float]) -> str:
     """Plotly JSON of the hypervolume after each measurement, as a percentage of the last."""
+    import plotly.graph_objects as go
+
     valid = [(number, item) for number, item in enumerate(measurements, start=1) if item.valid]
-    history = hypervolume_history(measured_values([item for _, item in valid], front.objectives), reference)
+    history = hypervolume_history(objective_values([item for _, item in valid], front.objectives), reference)
     share = 100 * history / history[-1] if history[-1] > 0 else np.zeros(len(history))
     figure = go.Figure()
     figure.add_scatter(x=[number for number, _ in valid], y=share, mode="lines", name="hypervolume",
-                       line={"color": _LINE, "width": 2, "shape": "hv"}, customdata=history,
-                       hovertemplate="after %{x}: %{y:.2f} % (%{customdata:.5g})<extra></extra>")
+                       line={"color": _LINE, "width": 2, "shape": "hv"},
+                       hovertemplate="after %{x}: %{y:.2f} %<extra></extra>")
     return _styled(figure, xaxis="measurements", yaxis="hypervolume (% of the last)")
 
 
-def hover_text(measurement: Measurement, objectives: Sequence[str], space: SearchSpace) -> str:
+def hover_text(measurement: Measurement, space: SearchSpace) -> str:
     """Genotype, objectives and the choice of every slot that is not the teacher's, as plotly's line-broken text."""
     lines = [f"<b>{format_genotype(measurement.genotype)}</b>"]
-    lines += [f"{_AXES.get(name, name)}: {format_value(name, measurement.values[name])}" for name in objectives]
+    lines += [f"{objective.label}: " + (drop_text(measurement) if name == "psnr_drop_db" else
+                                        objective.format(measurement.values[name]))
+              for name, objective in OBJECTIVES.items() if name in measurement.values]
     changed = [f"{slot.name}: {choice.label}"
                for slot, choice in zip(space.slots, space.choices(measurement.genotype), strict=True)
                if not choice.teacher]
@@ -112,14 +141,42 @@ def _axes(objectives: Sequence[str]) -> tuple[int, int, int | None]:
     return costs[0], y, costs[1] if len(costs) > 1 else None
 
 
+def _errors(front: Front, y: int) -> list[float] | None:
+    """One standard error of every member's drop, where the drop is what goes upwards."""
+    if front.objectives[y] != "psnr_drop_db":
+        return None
+    return [member.values.get("psnr_drop_se_db", 0.0) for member in front.members]
+
+
+def _input_drop(front: Front, y: int) -> float | None:
+    """Drop of the degraded input, unless it is so far above the front that the front would be a line."""
+    if front.baseline is None or front.objectives[y] != "psnr_drop_db":
+        return None
+    drop = front.baseline.input_drop_db
+    return drop if drop is not None and drop < 3 * max(1.0, float(front.values[:, y].max())) else None
+
+
+def _extras(front: Front, x: int, y: int) -> list[tuple[str, list[float], list[float], str, str]]:
+    """The teacher, and members after fine-tuning: label, x, y, marker, colour."""
+    found = []
+    names = front.objectives[x], front.objectives[y]
+    teacher = {"psnr_drop_db": 0.0, **front.teacher}
+    if all(name in teacher for name in names):
+        found.append(("teacher", [teacher[names[0]]], [teacher[names[1]]], "D", _TEACHER))
+    tuned = [(member.values[names[0]], drop) for member in front.members
+             if names[1] == "psnr_drop_db" and (drop := tuned_drop_db(member, front)) is not None]
+    if tuned:
+        found.append(("fine-tuned", [point for point, _ in tuned], [drop for _, drop in tuned], "^", _TUNED))
+    return found
+
+
 def _styled(figure: go.Figure, *, xaxis: str, yaxis: str) -> str:
-    axis = {"gridcolor": "#e4e8ec", "zerolinecolor": "#cbd2d9", "linecolor": "#9aa5b1", "automargin": True,
-            "exponentformat": "SI"}
+    axis: dict[str, Any] = {"gridcolor": "#e4e8ec", "zerolinecolor": "#cbd2d9", "linecolor": "#9aa5b1",
+                            "automargin": True, "exponentformat": "SI"}
     figure.update_layout(
         template="none", margin={"l": 10, "r": 10, "t": 10, "b": 10}, hovermode="closest", paper_bgcolor="#ffffff",
         plot_bgcolor="#ffffff", font={"family": "system-ui, sans-serif", "size": 13, "color": "#1b2430"},
         hoverlabel={"align": "left", "bgcolor": "#ffffff", "font": {"color": "#1b2430"}},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        xaxis={**axis, "title": {"text": _AXES.get(xaxis, xaxis)}},
-        yaxis={**axis, "title": {"text": _AXES.get(yaxis, yaxis)}})
+        xaxis={**axis, "title": {"text": xaxis}}, yaxis={**axis, "title": {"text": yaxis}})
     return str(figure.to_json())

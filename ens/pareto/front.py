@@ -32,28 +32,32 @@ def hypervolume_history(values: np.ndarray, reference: Sequence[float]) -> np.nd
     """Hypervolume after each point, in the order given: (N,), never falling."""
     points = _check(values)
     history = np.zeros(len(points))
-    front = points[:0]
+    front, volume = points[:0], 0.0
     for index, point in enumerate(points):
-        front = np.vstack([front, point])
-        front = front[non_dominated(front)]
-        history[index] = hypervolume(front, reference)
+        # Most points are dominated: one comparison then spares the front and its volume.
+        if not (front <= point).all(axis=1).any():
+            front = np.vstack([front, point])
+            front = front[non_dominated(front)]
+            volume = hypervolume(front, reference)
+        history[index] = volume
     return history
 
 
-def knee(front: np.ndarray) -> int:
-    """Index of the front's knee, every objective scaled to 0..1 over the front.
+def knee(front: np.ndarray, candidates: np.ndarray | None = None) -> int:
+    """Index of the knee: the candidate nearest to the ideal corner, every objective scaled to 0..1 over the points.
 
-    Two objectives: the point furthest below the line between the extremes, which are then (0, 1) and (1, 0); its
-    distance is (1 - x - y) / √2. Three: the point nearest to the ideal corner (0, 0, 0), because two costs that rise
-    and fall together (MACs and parameters) share an extreme and leave no plane to measure from. Ties go to the
-    smaller values in objective order, so that the order of the points does not matter.
+    The ideal corner has the smallest value of every objective (the compromise solution of multi-criteria decision
+    making; Zeleny, 1973). Unlike the distance from the line between the extremes it is one rule for any number of
+    objectives, needs no plane where two costs share an extreme, and on a linear front means the middle, not a tie.
+    `candidates` is a mask (N,): which points may be it. Ties go to the smaller values in objective order, so that the
+    order of the points does not matter.
     """
     points = _check(front)
     if not len(points):
         raise ValueError("an empty front has no knee")
-    scaled = _scale(points)
-    score = scaled.sum(axis=1) if points.shape[1] == 2 else np.linalg.norm(scaled, axis=1)
-    return int(np.lexsort([*points.T[::-1], score.round(12)])[0])
+    allowed = np.arange(len(points)) if candidates is None else np.flatnonzero(candidates)
+    distance = np.linalg.norm(_scale(points)[allowed], axis=1).round(12)
+    return int(allowed[np.lexsort([*points[allowed].T[::-1], distance])[0]])
 
 
 def nearest(front: np.ndarray, index: int, *, k: int = 5) -> list[int]:

@@ -2,93 +2,214 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
+from ens.objectives import OBJECTIVES, Objective, find_objectives, objective_values, psnr_drop_db, psnr_drop_se_db
+from ens.pareto.baseline import Baseline
 from ens.pareto.front import cheapest_within, knee, nearest, non_dominated
 from ens.space import Genotype, Measurement, SearchSpace, format_genotype, parse_genotype
 
 
 @dataclass(frozen=True)
 class Front:
-    """The non-dominated measurements, first objective rising; `knee` and `nearest` are indices into `members`."""
+    """The non-dominated measurements, first objective rising; `knee` and `nearest` are indices into `members`.
+
+    `teacher` holds the teacher's own values by objective name, as far as they are known.
+    """
 
     objectives: tuple[str, ...]
     members: tuple[Measurement, ...]
     knee: int
     nearest: tuple[int, ...]
+    baseline: Baseline | None
+    teacher: Mapping[str, float]
 
     @property
     def values(self) -> np.ndarray:
         """Objectives of the members, (members, objectives)."""
-        return measured_values(self.members, self.objectives)
+        return objective_values(self.members, self.objectives)
+
+    @property
+    def caption(self) -> str:
+        """What is drawn against what, in people's words."""
+        return " against ".join(OBJECTIVES[name].label for name in self.objectives)
+
+    @property
+    def reference(self) -> tuple[float, ...] | None:
+        """Fixed reference point of the hypervolume, in the order of the objectives; None without a teacher's values."""
+        limits = _limits(self.objectives, self.teacher)
+        return tuple(limits) if np.isfinite(limits).all() else None
 
     def role(self, index: int) -> str:
-        """`knee`, `near 1` to `near 5` (nearest to the knee first), or an empty text."""
+        """`knee`, `near 1` to `near 5` (nearest to the knee first), or an empty text; no role below the input."""
+        if self.below_input(index):
+            return ""
         if index == self.knee:
             return "knee"
         return f"near {self.nearest.index(index) + 1}" if index in self.nearest else ""
 
+    def below_input(self, index: int) -> bool:
+        """Whether a member is worse than leaving the image as it is: mean PSNR, fine-tuned where it has been."""
+        return is_below_input(self.members[index], self.baseline)
 
-def measured_values(measurements: Sequence[Measurement], objectives: Sequence[str]) -> np.ndarray:
-    """Objectives of valid measurements, (measurements, objectives); raises KeyError where one is missing."""
-    return np.array([[measurement.values[name] for name in objectives] for measurement in measurements],
-                    dtype=np.float64).reshape(len(measurements), len(objectives))
+    def above_teacher(self, index: int) -> tuple[str, ...]:
+        """Costs (macs, params…) of which a member has more than the teacher."""
+        return exceeded_costs(self.members[index], self.teacher)
+
+    def same_as_next(self, index: int) -> bool:
+        """Whether a member's PSNR cannot be told from that of the next one: their mean difference over the images is
+        within two of its paired standard errors. Unknown, so False, with fewer than two images.
+        """
+        if index + 1 >= len(self.members):
+            return False
+        one, next_one = (self.members[number].psnr_db for number in (index, index + 1))
+        if len(one) != len(next_one) or len(one) < 2:
+            return False
+        difference = psnr_drop_db(teacher_psnr_db=one, psnr_db=next_one)
+        return abs(difference) <= 2 * psnr_drop_se_db(teacher_psnr_db=one, psnr_db=next_one)
 
 
-def select_front(measurements: Sequence[Measurement], objectives: Sequence[str]) -> Front:
-    """Front of the valid measurements; raises ValueError when there is none."""
+def is_below_input(measurement: Measurement, baseline: Baseline | None) -> bool:
+    """Whether a measurement's mean PSNR, fine-tuned where it has been, is below that of the degraded input."""
+    psnr_db = measurement.psnr_db_tuned or measurement.psnr_db
+    if baseline is None or baseline.input_mean_db is None or not psnr_db:
+        return False
+    return statistics.fmean(psnr_db) < baseline.input_mean_db
+
+
+def exceeded_costs(measurement: Measurement, teacher: Mapping[str, float]) -> tuple[str, ...]:
+    """Costs of which a measurement has more than the teacher, whose values are given by name."""
+    return tuple(name for name, objective in OBJECTIVES.items() if objective.relative and name in teacher
+                 and measurement.values.get(name, 0.0) > teacher[name])
+
+
+def known_objectives(measurements: Sequence[Measurement]) -> tuple[Objective, ...]:
+    """The objectives that every valid measurement holds, in the order of `OBJECTIVES`."""
+    valid = [item for item in measurements if item.valid]
+    return tuple(objective for name, objective in OBJECTIVES.items() if all(name in item.values for item in valid))
+
+
+def select_front(measurements: Sequence[Measurement], objectives: Sequence[str], *,
+                 baseline: Baseline | None = None) -> Front:
+    """Front of the valid measurements in any two or three objectives that they hold, with its knee.
+
+    The knee is the member nearest to the ideal corner (`front.knee`), every objective scaled to 0..1 over that part of
+    the front which lies within the fixed reference point of `OBJECTIVES` (6 dB below the teacher, 1.1 times its
+    costs) and, where `baseline` knows the input, not below it: between the teacher and the cheapest such member, so
+    that one extreme hybrid does not move it. The teacher itself is it only where nothing else is left. `nearest` are
+    the five of the same members nearest to it, on the same scale.
+
+    Raises ValueError when no measurement is valid, or for an objective that does not exist or was not measured.
+    """
+    find_objectives(objectives)
     valid = [measurement for measurement in measurements if measurement.valid]
     if not valid:
         raise ValueError(f"none of the {len(measurements)} measurements is valid, so there is no front")
-    mask = non_dominated(measured_values(valid, objectives))
+    _check_measured(valid, objectives)
+    teacher = baseline.values if baseline is not None else _own_values(valid)
+    mask = non_dominated(objective_values(valid, objectives))
     members = [measurement for measurement, keep in zip(valid, mask, strict=True) if keep]
     members.sort(key=lambda member: (*(member.values[name] for name in objectives), member.genotype))
-    values = measured_values(members, objectives)
-    middle = knee(values)
-    return Front(tuple(objectives), tuple(members), middle, tuple(nearest(values, middle)))
+    middle, near = _find_knee(members, objectives, teacher=teacher, baseline=baseline)
+    return Front(tuple(objectives), tuple(members), middle, near, baseline, teacher)
+
+
+def _find_knee(members: Sequence[Measurement], objectives: Sequence[str], *, teacher: Mapping[str, float],
+               baseline: Baseline | None) -> tuple[int, tuple[int, ...]]:
+    """Indices of the knee and of the five nearest to it, as select_front says."""
+    values = objective_values(members, objectives)
+    pool = np.arange(len(members))
+    above: np.ndarray = np.array([not is_below_input(member, baseline) for member in members])
+    within: np.ndarray = np.all(values <= np.asarray(_limits(objectives, teacher)), axis=1)
+    for mask in (above, within):
+        pool = pool[mask[pool]] if mask[pool].any() else pool
+    others = np.array([any(members[int(index)].genotype) for index in pool])
+    middle = knee(values[pool], others if others.any() else None)
+    near = [index for index in nearest(values[pool], middle, k=len(pool)) if others[index]][:5]
+    return int(pool[middle]), tuple(int(pool[index]) for index in near)
+
+
+def _limits(objectives: Sequence[str], teacher: Mapping[str, float]) -> list[float]:
+    """Reference of every objective; infinite where it is relative to a value of the teacher that is not known."""
+    return [objective.reference * (teacher.get(objective.name, math.inf) if objective.relative else 1.0)
+            for objective in find_objectives(objectives)]
+
+
+def _own_values(measurements: Sequence[Measurement]) -> Mapping[str, float]:
+    """Values of the all-teacher genotype where it was measured, else none."""
+    return next((item.values for item in measurements if not any(item.genotype)), {})
+
+
+def _check_measured(measurements: Sequence[Measurement], objectives: Sequence[str]) -> None:
+    for name in objectives:
+        lacking = [item for item in measurements if name not in item.values]
+        if lacking:
+            raise ValueError(
+                f"{len(lacking)} of {len(measurements)} measurements have no {name}, for instance "
+                f"{format_genotype(lacking[0].genotype)}; all have "
+                f"{', '.join(objective.name for objective in known_objectives(measurements)) or 'no objective'}")
 
 
 def pick_genotype(pick: str, *, front: Front, space: SearchSpace) -> Genotype:
-    """Genotype meant by `knee`, `near 1`…, `within 0.1` (dB) or by itself (`0-2-1`); raises ValueError."""
-    roles = {front.role(index): member.genotype for index, member in enumerate(front.members)}
-    if pick in roles and pick:
-        return roles[pick]
+    """Genotype meant by `knee`, `near 1`…, `within 0.1` (dB) or by itself (`0-2-1`); raises ValueError.
+
+    Only a genotype written out may be below the degraded input.
+    """
     word, _, number = pick.partition(" ")
+    if pick[:1].isdigit():
+        return parse_genotype(pick, space)
+    if word not in ("knee", "near", "within"):
+        raise ValueError(f"{pick!r} is not understood; write knee, near 1, within 0.1 or a genotype "
+                         f"such as {format_genotype(space.teacher)}")
+    _check_above_input(front)
     if word == "within":
         try:
             limit = float(number)
         except ValueError:
             raise ValueError(f"{pick!r} is not understood; write for instance within 0.1") from None
         return cheapest_member(front, limit).genotype
-    if word == "near" and number.isdigit():
+    roles = {front.role(index): member.genotype for index, member in enumerate(front.members)}
+    if pick not in roles:
         raise ValueError(f"this front has no {pick!r}; it has {', '.join(role for role in sorted(roles) if role)}")
-    if not pick[:1].isdigit():
-        raise ValueError(f"{pick!r} is not understood; write knee, near 1, within 0.1 or a genotype "
-                         f"such as {format_genotype(space.teacher)}")
-    return parse_genotype(pick, space)
+    return roles[pick]
+
+
+def nearest_members(front: Front, genotype: Genotype, *, count: int) -> list[Genotype]:
+    """A genotype and the members nearest to it, `count` in all, fewer where the front has fewer.
+
+    Objectives are scaled as for the knee; members below the degraded input and the teacher itself are no neighbours.
+    A genotype that is not on the front has none.
+    """
+    names = [member.genotype for member in front.members]
+    if genotype not in names or count == 1:
+        return [genotype]
+    order = nearest(front.values, names.index(genotype), k=len(names))
+    return [genotype, *(names[index] for index in order if any(names[index]) and not front.below_input(index))][:count]
 
 
 def cheapest_member(front: Front, limit: float) -> Measurement:
-    """The member of least cost (first objective that is no PSNR drop) whose PSNR drop is at most `limit` dB."""
+    """The member of least cost (first objective that is no PSNR drop) whose PSNR drop before fine-tuning is at most
+    `limit` dB, and which is not below the degraded input.
+    """
     if "psnr_drop_db" not in front.objectives:
         raise ValueError(f"within needs the objective psnr_drop_db; this run has {', '.join(front.objectives)}")
-    drop = front.values[:, front.objectives.index("psnr_drop_db")]
-    cost = front.values[:, next(index for index, name in enumerate(front.objectives) if name != "psnr_drop_db")]
-    return front.members[cheapest_within(drop, cost, limit)]
+    _check_above_input(front)
+    members = [member for index, member in enumerate(front.members) if not front.below_input(index)]
+    values = objective_values(members, front.objectives)
+    drop = values[:, front.objectives.index("psnr_drop_db")]
+    cost = values[:, next(index for index, name in enumerate(front.objectives) if name != "psnr_drop_db")]
+    return members[cheapest_within(drop, cost, limit)]
 
 
-def front_table(front: Front, *, space: SearchSpace) -> pd.DataFrame:
-    """One row a member: role, genotype, objectives, the other values, mean PSNR in dB, and the label in every slot."""
-    rows = []
-    for index, member in enumerate(front.members):
-        labels = {slot.name: choice.label
-                  for slot, choice in zip(space.slots, space.choices(member.genotype), strict=True)}
-        others = {name: value for name, value in member.values.items() if name not in front.objectives}
-        rows.append({"role": front.role(index), "genotype": format_genotype(member.genotype),
-                     **{name: member.values[name] for name in front.objectives}, **others,
-                     "psnr_db": float(np.mean(member.psnr_db)) if member.psnr_db else others.get("psnr_db"), **labels})
-    return pd.DataFrame(rows)
+def _check_above_input(front: Front) -> None:
+    if all(front.below_input(index) for index in range(len(front.members))):
+        assert front.baseline is not None and front.baseline.input_mean_db is not None
+        raise ValueError(
+            f"every member of the front is below the degraded input ({front.baseline.input_mean_db:.2f} dB; the "
+            f"teacher reaches {front.baseline.teacher_mean_db:.2f} dB), so none is picked; use a better teacher, or "
+            "write a genotype out to have it all the same")

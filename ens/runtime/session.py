@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -22,9 +21,11 @@ from ens.data.images import (
     to_pixels,
     write_photo,
 )
+from ens.export.formats import FORMATS
 from ens.export.hybrid import open_network, read_facts
 from ens.networks.checkpoints import reject_impostors
 from ens.runtime.tiling import Restore, restore_padded, restore_within_memory
+from ens.space import BUILTIN
 
 
 class SessionError(ValueError):
@@ -51,43 +52,38 @@ class Session:
 
 
 def open_session(path: str | Path, *, threads: int | None = None) -> Session:
-    """Open an exported .onnx file in ONNX Runtime, or a hybrid or checkpoint in PyTorch (CPU).
+    """Open an exported file in its runtime, or a hybrid, checkpoint or `builtin:NAME` in PyTorch (CPU).
 
     `threads` limits the runtime's threads (PyTorch's, for the whole process). Raises SessionError for a file of
     another kind and CheckpointError for one that is absent, damaged or something else under a false name.
     """
-    path = Path(path)
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
+    if str(path).startswith(BUILTIN):
+        return _open_weights(path, threads)
+    path = Path(path)
     opener = _OPENERS.get(path.suffix.lower())
     if opener is None:
         raise SessionError(f"{path}: cannot be opened; the suffix is one of {', '.join(_OPENERS)}")
     return opener(path, threads)
 
 
-def _open_onnx(path: Path, threads: int | None) -> Session:
+def _open_exported(path: Path, threads: int | None) -> Session:
     reject_impostors(path)
-    options = onnxruntime.SessionOptions()
-    if threads is not None:
-        options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors share no public class
+        opened = FORMATS[path.suffix.lower()].open(path, threads)
+    except Exception as error:  # runtimes' errors share no public class
         reason = str(error).split("\n")[0]
-        raise SessionError(f"{path}: is damaged or is not an ONNX file ({reason})") from None
-    facts = dict(session.get_modelmeta().custom_metadata_map)
+        raise SessionError(f"{path}: is damaged or is not an {path.suffix} file ({reason})") from None
+    facts = dict(opened.metadata)
     try:
         size_multiple, upscale, channels = (int(facts.pop(key)) for key in ("size_multiple", "upscale", "channels"))
-    except KeyError as error:
+    except (KeyError, ValueError) as error:
         raise SessionError(f"{path}: was not exported by ens (no {error} in its metadata)") from None
-
-    def run(image: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"image": np.ascontiguousarray(image.numpy())})[0])
-
-    return Session(run, size_multiple, upscale, channels, facts)
+    return Session(opened.run, size_multiple, upscale, channels, facts)
 
 
-def _open_weights(path: Path, threads: int | None) -> Session:
+def _open_weights(path: Path | str, threads: int | None) -> Session:
     network = open_network(path)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -96,12 +92,13 @@ def _open_weights(path: Path, threads: int | None) -> Session:
         with torch.inference_mode():
             return network.restore(image)
 
-    return Session(run, network.size_multiple, network.upscale, network.in_channels, read_facts(path))
+    return Session(run, network.size_multiple, network.upscale, network.in_channels,
+                   {} if str(path).startswith(BUILTIN) else read_facts(path))
 
 
 _OPENERS: dict[str, Callable[[Path, int | None], Session]] = {
-    ".onnx": _open_onnx, ".safetensors": _open_weights, ".pth": _open_weights, ".pt": _open_weights,
-    ".ckpt": _open_weights}
+    **dict.fromkeys(FORMATS, _open_exported),
+    **dict.fromkeys((".safetensors", ".pth", ".pt", ".ckpt"), _open_weights)}
 
 
 def restore_photo(session: Session, photo: Photo, *, tile_px: int | None = None, overlap_px: int = 32,

@@ -29,12 +29,10 @@ def restore_tiled(restore: Restore, image: Tensor, *, tile_px: int, overlap_px: 
     """Restore tiles of `tile_px` that overlap by at least `overlap_px`, blended.
 
     Tiles lie on the grid of `size_multiple`, so a network that samples down sees the phase it would see in the whole
-    image; `tile_px` is rounded down to it. A tile that covers the image is the whole image. Raises ValueError for an
-    overlap that is not smaller than the tile.
+    image; `tile_px` is fitted to it (`fit_tile_px`). A tile that covers the image is the whole image. Raises ValueError
+    for an overlap that is not smaller than `tile_px`.
     """
-    tile = max(tile_px // size_multiple, 1) * size_multiple
-    if not 0 <= overlap_px < tile:
-        raise ValueError(f"the overlap must be at least 0 and smaller than the tile of {tile} px, got {overlap_px}")
+    tile = fit_tile_px(tile_px, overlap_px=overlap_px, size_multiple=size_multiple)
     height, width = image.shape[-2:]
     padded = pad_to_multiple(image, size_multiple)
     rows, columns = (_tile_starts(side, tile, overlap_px, size_multiple) for side in padded.shape[-2:])
@@ -57,11 +55,21 @@ def restore_tiled(restore: Restore, image: Tensor, *, tile_px: int, overlap_px: 
     return (total / weights)[..., :height * upscale, :width * upscale]
 
 
+def fit_tile_px(tile_px: int, *, overlap_px: int, size_multiple: int) -> int:
+    """`tile_px` rounded down to the size multiple, and enlarged where tiles that start on that grid would not overlap
+    by `overlap_px`. Raises ValueError for an overlap that is not smaller than `tile_px`.
+    """
+    if not 0 <= overlap_px < tile_px:
+        raise ValueError(f"the overlap must be at least 0 and smaller than the tile of {tile_px} px, got {overlap_px}")
+    smallest = -(-overlap_px // size_multiple) * size_multiple + size_multiple
+    return max(tile_px // size_multiple * size_multiple, smallest)
+
+
 def _tile_starts(side: int, tile: int, overlap: int, multiple: int) -> list[int]:
     """Evenly spread starts on the grid, first at 0, last ending at `side`."""
     if side <= tile:
         return [0]
-    stride = max((tile - overlap) // multiple, 1) * multiple
+    stride = (tile - overlap) // multiple * multiple
     return [*range(0, side - tile, stride), side - tile]
 
 
@@ -81,8 +89,14 @@ def restore_within_memory(restore: Restore, image: Tensor, *, tile_px: int | Non
                           on_event: Callable[[str], None] | None = None) -> Tensor:
     """Restore in one piece (`tile_px` None) or in tiles; where memory runs out, halve the tile, say so, try again.
 
-    `on_event` gets one line each time. Raises MemoryError when a tile of 64 px is still too much.
+    `on_event` gets one line each time, and one where a tile has to be larger than asked. Raises MemoryError when a tile
+    of 64 px is still too much.
     """
+    if tile_px is not None and on_event is not None:
+        tile = fit_tile_px(tile_px, overlap_px=overlap_px, size_multiple=size_multiple)
+        if tile > tile_px:
+            on_event(f"tiles of {tile} px instead of {tile_px}: they start at multiples of {size_multiple} px and "
+                     f"overlap by {overlap_px}")
     while True:
         reason = ""
         try:

@@ -47,9 +47,9 @@ class Ledger:
 
     def unseen(self, candidates: Iterable[Genotype], *, beside: Sequence[Genotype] = ()) -> Iterator[Genotype]:
         """The candidates that were neither told nor are in `beside`, each once."""
-        skip = self._seen.union(beside)
+        skip = set(beside)
         for candidate in candidates:
-            if candidate not in skip:
+            if candidate not in skip and candidate not in self._seen:
                 skip.add(candidate)
                 yield candidate
 

@@ -26,10 +26,11 @@ def run_search(*, engine: Engine, objectives: Sequence[str], known: Mapping[Geno
     if budget < 1 or batch_size < 1:
         raise ValueError(f"budget and batch size must be at least 1, got {budget} and {batch_size}")
     archive = dict(known)
+    order = list(archive.values())
     told = 0
     while len(archive) < budget:
         while told + batch_size <= len(archive):
-            _tell(engine, list(archive.values())[told:told + batch_size], objectives)
+            _tell(engine, order[told:told + batch_size], objectives)
             told += batch_size
         # Never past a multiple of batch_size: what an engine was told when it asked then follows from the length of
         # the archive alone, whatever was interrupted or put there by hand.
@@ -40,9 +41,10 @@ def run_search(*, engine: Engine, objectives: Sequence[str], known: Mapping[Geno
         for measurement in _measure(evaluate, sorted(todo)):
             record(measurement)
             archive[measurement.genotype] = measurement
+            order.append(measurement)
             if progress is not None:
                 progress(len(archive), budget)
-    return list(archive.values())
+    return order
 
 
 def _tell(engine: Engine, batch: Sequence[Measurement], objectives: Sequence[str]) -> None:

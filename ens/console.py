@@ -1,0 +1,132 @@
+"""What a terminal shows: tables, progress bars, remarks. With `cli` the only file that prints.
+
+Results go to standard output; progress, remarks and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ens.runtime.process import Control, Interrupted, Stop, StopNow
+from ens.space import Genotype, format_genotype
+
+if TYPE_CHECKING:
+    from ens.evaluate.evaluator import Evaluation
+    from ens.pareto.selection import Front
+    from ens.run_folder import RunFolder
+
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+stop = Stop()
+
+
+def say(text: str) -> None:
+    """A line of the result, as it is."""
+    _out.print(text, markup=False, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """A table of the result."""
+    _out.print(table)
+
+
+def complain(text: str) -> None:
+    """A line on standard error, as it is."""
+    _err.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def reporting() -> Iterator[Control]:
+    """Progress bars on a terminal; elsewhere a line every half minute."""
+    bars: dict[str, TaskID] = {}
+    last: dict[str, float] = {}
+    quiet = os.environ.get("RANK", "0") != "0"  # torchrun starts several processes: the first one speaks
+    with Progress(TextColumn("{task.description:>8}"), BarColumn(24), MofNCompleteColumn(),
+                  TimeRemainingColumn(compact=True, elapsed_when_finished=True), TextColumn("{task.fields[note]}"),
+                  console=_err, disable=quiet or not _err.is_terminal) as progress:
+
+        def report(verb: str, done: int, total: int, note: str) -> None:
+            if verb not in bars:
+                bars[verb] = progress.add_task(verb, total=total, completed=done, note=note)
+            progress.update(bars[verb], completed=done, total=total, note=note)
+            if progress.disable and not quiet and (done == total or time.monotonic() > last.get(verb, 0.0) + 30):
+                last[verb] = time.monotonic()
+                _err.print(f"{verb} {done}/{total} {note}", markup=False)
+
+        def say(line: str) -> None:
+            if not quiet:
+                complain(line)
+
+        try:
+            yield Control(report, say, stop.is_set)
+        except Interrupted:
+            raise StopNow from None
+
+
+def make_table(words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table: columns of words on the left, of numbers on the right."""
+    table = Table(*words, box=SIMPLE_HEAD)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def print_front(folder: RunFolder, front: Front) -> None:
+    """The members of a front, and what fills every slot at the knee."""
+    from ens.pareto.tables import front_notes, front_rows
+
+    headers, rows = front_rows(front, short=True)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="left" if index < 2 else "right", no_wrap=index == 1)
+    for index, row in enumerate(rows):
+        table.add_row(*row, style="bold" if index == front.knee else None)
+    show(table)
+    measured, space = folder.archive.measurements(), folder.archive.space
+    knee = front.members[front.knee].genotype
+    for note in front_notes(front):
+        say(note)
+    say(f"{len(measured)} genotypes measured, {len(front.members)} on the front, "
+        f"{sum(not item.valid for item in measured)} invalid\nKnee: {format_genotype(knee)}")
+    for slot, choice in zip(space.slots, space.choices(knee), strict=True):
+        say(f"  {slot.name:<16} {choice.label}")
+
+
+def print_tuned(folder: RunFolder, genotypes: Sequence[Genotype]) -> None:
+    """PSNR of fine-tuned hybrids on the images that chose them and on those that chose nothing."""
+    from ens.export.hybrid import read_facts
+
+    states = ("input", "before", "after", "teacher")
+    table = make_table(("fine-tuned", "images"), [f"{state} dB" for state in states])
+    for path in filter(None, map(folder.best_tuned, genotypes)):
+        facts = read_facts(path)
+        for prefix, images in (("", "validation"), ("report_", "report")):
+            if f"{prefix}psnr_db_after" in facts:
+                table.add_row(facts["genotype"], images, *(facts.get(f"{prefix}psnr_db_{state}", "")
+                                                           for state in states))
+    if table.row_count:
+        show(table)
+
+
+def print_evaluation(results: Sequence[Evaluation], task: str) -> None:
+    """Scores of every image, and the means by every protocol."""
+    first = results[0]
+    table = make_table(("image",), (*(("input dB",) if first.inputs else ()), "PSNR dB", "SSIM"))
+    for index, (name, score) in enumerate(zip(first.names, first.outputs, strict=True)):
+        before = (f"{first.inputs[index].psnr_db:.2f}",) if first.inputs else ()
+        table.add_row(name, *before, f"{score.psnr_db:.2f}", f"{score.ssim:.4f}")
+    show(table)
+    say(f"data     {first.fingerprint}\ntask     {task}")
+    for result in results:
+        psnr_db, ssim, input_db = result.means()
+        gain = f" (input {input_db:.2f} dB, gain {psnr_db - input_db:+.2f} dB)" if result.inputs else ""
+        say(f"protocol {result.protocol}\nPSNR     {psnr_db:.2f} dB{gain}\nSSIM     {ssim:.4f}")

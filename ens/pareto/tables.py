@@ -1,0 +1,122 @@
+"""A front as rows: with every digit for machines, and as people read it on the terminal, in Markdown and the report."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ens.objectives import OBJECTIVES, format_value
+from ens.pareto.baseline import REPORT_KEYS, Tuned
+from ens.pareto.selection import Front, known_objectives
+from ens.space import Genotype, Measurement, SearchSpace, format_genotype
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MORE, WORSE, SAME = "▲", "▼", "≈"
+"""Marks behind a value: more than the teacher, below the degraded input, not told apart from the next line."""
+
+
+def front_table(front: Front, *, space: SearchSpace) -> pd.DataFrame:
+    """One row a member: role, genotype, objectives, every other value, mean PSNR in dB before and after fine-tuning,
+    the drop after it, marks, and the label in every slot. Full precision; empty where there is none.
+    """
+    import pandas as pd  # half a second, for the file alone
+
+    rows = []
+    for index, member in enumerate(front.members):
+        others = {name: value for name, value in member.values.items() if name not in front.objectives}
+        rows.append({
+            "role": front.role(index), "genotype": format_genotype(member.genotype),
+            **{name: member.values[name] for name in front.objectives}, **others,
+            "psnr_db": statistics.fmean(member.psnr_db) if member.psnr_db else None,
+            "psnr_db_tuned": statistics.fmean(member.psnr_db_tuned) if member.psnr_db_tuned else None,
+            "psnr_drop_db_tuned": tuned_drop_db(member, front), "below_input": front.below_input(index),
+            "above_teacher": " ".join(front.above_teacher(index)), "same_as_next": front.same_as_next(index),
+            **{slot.name: choice.label
+               for slot, choice in zip(space.slots, space.choices(member.genotype), strict=True)}})
+    return pd.DataFrame(rows)
+
+
+def tuned_drop_db(member: Measurement, front: Front) -> float | None:
+    """PSNR drop of a member after fine-tuning, dB; None without one or without a baseline."""
+    if front.baseline is None or not member.psnr_db_tuned:
+        return None
+    return front.baseline.teacher_mean_db - statistics.fmean(member.psnr_db_tuned)
+
+
+def front_rows(front: Front, *, short: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Headers and one row of texts a member: role, genotype, objectives, what else was measured (not if `short`), PSNR.
+
+    The drop stands with its standard error, `0.123 ± 0.011`; the marks are those that `front_notes` explains.
+    """
+    names = [*front.objectives, *(objective.name for objective in known_objectives(front.members)
+                                  if objective.name not in front.objectives and not short)]
+    tuned = any(member.psnr_db_tuned for member in front.members)
+    headers = ["", "genotype", *(OBJECTIVES[name].label for name in names), "PSNR (dB) before fine-tuning",
+               *(["PSNR (dB) fine-tuned"] if tuned else [])]
+    rows = []
+    for index, member in enumerate(front.members):
+        psnr_db = [_mean_text(member.psnr_db), *([_mean_text(member.psnr_db_tuned)] if tuned else [])]
+        if front.below_input(index):
+            psnr_db[-1 if member.psnr_db_tuned else 0] += f" {WORSE}"
+        rows.append([front.role(index), format_genotype(member.genotype),
+                     *(_value_text(front, index, name) for name in names), *psnr_db])
+    return headers, rows
+
+
+def front_notes(front: Front) -> list[str]:
+    """One sentence for every mark that occurs in the rows of a front, and the PSNRs to compare them with."""
+    every, notes = range(len(front.members)), []
+    if front.baseline is not None:
+        given = front.baseline.input_mean_db
+        notes.append(f"Teacher {front.baseline.teacher_mean_db:.2f} dB"
+                     + ("." if given is None else f", degraded input {given:.2f} dB."))
+    if any(front.same_as_next(index) for index in every):
+        notes.append(f"{SAME} its PSNR cannot be told from that of the next line: within two standard errors of the "
+                     "paired difference.")
+    if any(front.above_teacher(index) for index in every):
+        notes.append(f"{MORE} more than the teacher has.")
+    if any(front.below_input(index) for index in every):
+        notes.append(f"{WORSE} below the degraded input; never picked.")
+    return notes
+
+
+def tuned_rows(tuned: Mapping[Genotype, Tuned]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of mean PSNR in dB on the report images, which chose nothing: degraded input, before and after
+    fine-tuning, teacher. Without rows where no genotype has them.
+    """
+    return (["genotype", "degraded input (dB)", "before fine-tuning (dB)", "fine-tuned (dB)", "teacher (dB)"],
+            [[format_genotype(genotype),
+              *(f"{result.report[key]:.2f}" if key in result.report else "" for key in REPORT_KEYS)]
+             for genotype, result in tuned.items() if result.report])
+
+
+def member_facts(front: Front, index: int) -> list[tuple[str, str]]:
+    """Label and text of everything that is known of a member."""
+    member = front.members[index]
+    texts = [(OBJECTIVES[name].label if name in OBJECTIVES else name.replace("_", " "), _value_text(front, index, name))
+             for name in member.values if name != "psnr_drop_se_db"]
+    drop = tuned_drop_db(member, front)
+    return [*texts, *([("PSNR (dB) before fine-tuning", _mean_text(member.psnr_db))] if member.psnr_db else []),
+            *([("PSNR (dB) fine-tuned", _mean_text(member.psnr_db_tuned))] if member.psnr_db_tuned else []),
+            *([("PSNR drop (dB) fine-tuned", format_value("psnr_drop_db", drop))] if drop is not None else [])]
+
+
+def drop_text(measurement: Measurement) -> str:
+    """PSNR drop before fine-tuning with its standard error, dB: `0.123 ± 0.011`."""
+    text = format_value("psnr_drop_db", measurement.values["psnr_drop_db"])
+    error = measurement.values.get("psnr_drop_se_db")
+    return text if error is None else f"{text} ± {format_value('psnr_drop_db', error)}"
+
+
+def _value_text(front: Front, index: int, name: str) -> str:
+    member = front.members[index]
+    if name == "psnr_drop_db":
+        return drop_text(member) + (f" {SAME}" if front.same_as_next(index) else "")
+    return format_value(name, member.values[name]) + (f" {MORE}" if name in front.above_teacher(index) else "")
+
+
+def _mean_text(psnr_db: tuple[float, ...]) -> str:
+    return f"{statistics.fmean(psnr_db):.2f}" if psnr_db else ""

@@ -1,0 +1,91 @@
+"""What a study names is checked before any work is done for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ens import pipeline
+from ens.config import ConfigError, load_study
+from ens.pareto.archive import ArchiveMismatch
+from ens.run_folder import RunFolder
+from ens.runtime.process import Control
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"search": {"engine": "nsga3"}}, "engine 'nsga3' does not exist; choose from ehvi"),
+    ({"search": {"objectives": ["psnr", "macs"]}}, "objective 'psnr' does not exist; choose from psnr_drop_db"),
+    ({"search": {"objectives": ["macs"]}}, "two or three different objectives, got macs"),
+    ({"task": {"name": "denoize"}}, "no task 'denoize'; there are denoise"),
+    ({"task": {"sigma": 25}}, "the nearest is 'sigma_255'"),
+    ({"choices": ["mambaire×1"]}, "no block family 'mambaire'; allowed: restormer"),
+    ({"choices": ["mambair×1(stat=3)"]}, "no option 'stat'; allowed: state"),
+    ({"choices": [], "slots": {"latnet": ["vssd×1"]}}, "no slot 'latnet'; the network has encoder_level1"),
+    ({"teacher": "", "library": "", "network": {"name": "restromer"}}, "'restromer' is unknown; allowed: restormer"),
+    ({"teacher": "nowhere.pth"}, "nowhere.pth: does not exist"),
+    ({"data": {"validation": "nowhere"}}, "nowhere is not a folder"),
+    ({"teacher": "", "library": "", "network": {"name": "plksr"}}, "the network enlarges 4 times, the task 1 times"),
+    ({"device": "gpu"}, "device is auto, cpu, cuda or cuda:1, got 'gpu'"),
+    ({"device": "meta"}, "device is auto, cpu, cuda or cuda:1, got 'meta'"),
+])
+def test_a_mistake_is_found_before_anything_is_made(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, OSError, KeyError), match=message):
+        RunFolder.start(load_study(ROOT / "search_spaces" / "demo.yaml", change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_validation_image_is_found_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    study = load_study(ROOT / "search_spaces" / "demo.yaml", {"data": {"validation": str(tmp_path / "photos")}})
+    with pytest.raises(ValueError, match=r"torn\.png"):
+        RunFolder.start(study, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_takes_the_cpu_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    said: list[str] = []
+    pipeline.train(RunFolder.start(load_study(ROOT / "search_spaces" / "demo.yaml"), tmp_path / "run"),
+                   Control(say=said.append))
+    assert said[0] == "device: auto takes the CPU, torch sees no GPU"
+
+
+def test_a_run_folder_keeps_its_study_and_refuses_another(tmp_path: Path) -> None:
+    demo = ROOT / "search_spaces" / "demo.yaml"
+    study = load_study(demo)
+    RunFolder.start(study, tmp_path / "run")
+    assert RunFolder.reopen(tmp_path / "run").study == study
+    RunFolder.start(load_study(demo, {"seed": 2}), tmp_path / "run")  # nothing was made with the first one yet
+    (tmp_path / "run" / "archive.db").touch()
+    RunFolder.start(load_study(demo, {"seed": 2, "search": {"budget": 7}}), tmp_path / "run")
+    assert RunFolder.reopen(tmp_path / "run").study.search.budget == 7
+    with pytest.raises(ConfigError, match="seed: 2 there, 3 now"):
+        RunFolder.start(load_study(demo, {"seed": 3}), tmp_path / "run")
+    with pytest.raises(ConfigError, match="seed: 2 there, 4 now"):
+        RunFolder.reopen(tmp_path / "run", {"seed": 4})
+    with pytest.raises(ConfigError, match="not a run folder"):
+        RunFolder.reopen(tmp_path)
+
+
+def test_the_threads_of_a_study_are_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    RunFolder(tmp_path, load_study(ROOT / "search_spaces" / "demo.yaml", {"threads": 3}))
+    RunFolder(tmp_path, load_study(ROOT / "search_spaces" / "demo.yaml"))
+    assert asked == [3]
+
+
+def test_what_was_measured_with_another_task_is_never_mixed(tmp_path: Path) -> None:
+    """Sigma 25 and sigma 50 on one storage: the archive knows what it measured, images and weights unopened."""
+    small = {"search": {"budget": 2, "batch_size": 2, "engine": "random"}, "data": {"limit": 1, "crops_per_image": 1}}
+    demo, storage = ROOT / "search_spaces" / "demo.yaml", str(tmp_path / "archive.db")
+    pipeline.search(RunFolder.start(load_study(demo, small), tmp_path / "a", storage=storage))
+    other = load_study(demo, {**small, "task": {"name": "denoise", "sigma_255": 50}})
+    with pytest.raises(ArchiveMismatch, match=r"task was .*25.* is now .*50"):
+        pipeline.search(RunFolder.start(other, tmp_path / "b", storage=storage))
