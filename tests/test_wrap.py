@@ -73,6 +73,58 @@ def test_wrapped_module_computes_the_same_and_stays_as_it_is() -> None:
     assert network(torch.rand(1, 3, 7, 9)).shape == (1, 3, 7, 9)
 
 
+class Normalised(nn.Module):
+    """With parts that remember whether they are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Dropout(0.5))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image + self.body(image)
+
+
+def modes(network: nn.Module) -> dict[str, bool]:
+    return {name: module.training for name, module in network.named_modules()}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_wrapping_keeps_the_mode_of_a_module_and_of_its_copies(training: bool) -> None:
+    module = Normalised().train(training)
+    wrapped = wrap_network(module, slots=["body"], name="own")
+    for network in (wrapped, create_network("wrapped", wrapped_as="own")):
+        assert set(modes(network).values()) == {training}
+        before = {name: value.clone() for name, value in network.named_buffers()}
+        for _ in range(3):
+            network(torch.rand(1, 3, 8, 8))
+        drifted = any(not torch.equal(value, before[name]) for name, value in network.named_buffers())
+        assert drifted == training, "a module in eval mode computes the same with each call, statistics included"
+
+
+def test_parts_with_a_mode_of_their_own_keep_it() -> None:
+    module = Normalised().train()
+    module.body[1].eval()  # a frozen BatchNorm
+    expected = {f"wrapped.{name}".removesuffix("."): mode for name, mode in modes(module).items()} | {"": True}
+    wrap_network(module, slots=["body"], name="own")
+    assert modes(create_network("wrapped", wrapped_as="own")) == expected
+    assert not module.body[1].training
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_wrapping_keeps_the_precision(dtype: torch.dtype) -> None:
+    module = OwnNetwork().to(dtype)
+    network = wrap_network(module, slots=["outer", "inner"], name="own", size_multiple=2)
+    image = torch.rand(1, 3, 8, 8, dtype=dtype)
+    assert {p.dtype for p in network.parameters()} == {dtype} and torch.equal(network(image), module(image))
+
+
+def test_wrapping_keeps_the_device() -> None:
+    """The meta device stands for any other: a tensor of the wrong one raises."""
+    network = wrap_network(OwnNetwork().to("meta"), slots=["outer", "inner"], name="own", size_multiple=2)
+    assert {p.device.type for p in network.parameters()} == {"meta"}
+    assert [spec.downscale for spec in network.slots] == [1, 2]
+
+
 def test_slots_are_found_in_the_order_they_run_with_their_sizes() -> None:
     network = wrap_own()
     assert [(spec.name, spec.channels, spec.downscale) for spec in network.slots] == [("outer", 8, 1), ("inner", 16, 2)]
@@ -134,6 +186,9 @@ def test_wrong_slots_say_what_is_wrong() -> None:
         wrap_network(OwnNetwork(), slots=["middle"], name="own")
     with pytest.raises(ValueError, match="must keep"):
         wrap_network(OwnNetwork(), slots=["down"], name="own")
+    with pytest.raises(ValueError, match="square"):
+        wrap_network(nn.Sequential(nn.MaxPool2d((2, 1)), Residual(3), nn.Upsample(scale_factor=(2, 1))), slots=["1"],
+                     name="flat")
     shared = Residual(3)
     with pytest.raises(ValueError, match="called 2 times"):
         wrap_network(nn.Sequential(shared, shared), slots=["0"], name="own")
