@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import math
 import multiprocessing
 import multiprocessing.process
@@ -15,11 +17,24 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 
-from ens.pareto.archive import Archive, ArchiveLocked, ArchiveMismatch, open_archive, read_archive
+from ens.pareto.archive import (
+    Archive,
+    ArchiveLocked,
+    ArchiveMismatch,
+    mark_invalid,
+    open_archive,
+    read_archive,
+    record_tuned,
+    space_manifest,
+    storage_url,
+)
+from ens.pareto.baseline import Baseline, Tuned
+from ens.pareto.records import to_trial
 from ens.search import create_engine
 from ens.search.loop import run_search
-from ens.space import Choice, Genotype, Measurement, SearchSpace, Slot
+from ens.space import Choice, Genotype, Measurement, SearchSpace, Slot, parse_choice
 
 NAMES = ("psnr_drop_db", "macs")
 MANIFEST = {"seed": 3, "engine": "random", "protocol": {"name": "denoise-color-awgn", "sigma_255": 25}}
@@ -110,8 +125,9 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     (tmp_path / "page.db").write_text("<html>not found</html>" * 100)
     with pytest.raises(ValueError, match="cannot be opened as an archive: file is not a database"):
         read_archive(tmp_path / "page.db")
-    with pytest.raises(FileNotFoundError, match="no archive at"):
-        read_archive(tmp_path / "none.db")
+    for call in (read_archive, lambda path: mark_invalid(path, (0, 0, 0), "why")):
+        with pytest.raises(FileNotFoundError, match="no archive at"):
+            call(tmp_path / "none.db")
     optuna.create_study(study_name="ens", storage=f"sqlite:///{tmp_path}/foreign.db").add_trial(
         optuna.create_trial(value=1.0))
     with pytest.raises(ValueError, match="not recorded by ens"):
@@ -134,6 +150,172 @@ def test_a_trial_left_running_by_someone_else_is_no_measurement(tmp_path: Path) 
     opened(tmp_path / "archive.db").close()
     optuna.load_study(study_name="ens", storage=f"sqlite:///{tmp_path}/archive.db").ask()
     assert read_archive(tmp_path / "archive.db").measurements() == []
+
+
+def rows_of(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    """Every table of a study, times left out."""
+    with sqlite3.connect(path) as connection:
+        tables = {"trials": "trial_id, number, study_id, state", "trial_values": "*", "trial_params": "*",
+                  "trial_user_attributes": "*", "trial_system_attributes": "*", "trial_intermediate_values": "*"}
+        return {table: connection.execute(f"select {columns} from {table} order by 1").fetchall()
+                for table, columns in tables.items()}
+
+
+def test_recording_writes_the_rows_that_optuna_itself_would(tmp_path: Path) -> None:
+    with opened(tmp_path / "ours.db") as archive:
+        archive.record(BAD)
+        archive.record(GOOD)
+    study = optuna.create_study(study_name="ens", storage=f"sqlite:///{tmp_path}/theirs.db",
+                                directions=["minimize", "minimize"])
+    for measurement in (BAD, GOOD):
+        study.add_trial(to_trial(measurement, slots=archive.slots, objectives=NAMES, engine="random"))
+    assert rows_of(tmp_path / "ours.db") == rows_of(tmp_path / "theirs.db")
+    (first, second) = optuna.load_study(study_name="ens", storage=f"sqlite:///{tmp_path}/ours.db").trials
+    now = datetime.datetime.now()
+    assert all(trial.datetime_start and trial.datetime_complete and abs(now - trial.datetime_complete)
+               < datetime.timedelta(minutes=5) for trial in (first, second)), "stored as UTC, shown as local time"
+
+
+@pytest.fixture
+def steps() -> Iterator[list[int]]:
+    """A list that grows by one for every hundred instructions of SQLite's virtual machine."""
+    counted: list[int] = []
+
+    def listen(connection: sqlite3.Connection, record: object) -> None:
+        connection.set_progress_handler(lambda: counted.append(1), 100)
+
+    sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", listen)
+    yield counted
+    sqlalchemy.event.remove(sqlalchemy.engine.Engine, "connect", listen)
+
+
+def test_what_a_record_costs_does_not_grow_with_the_archive(tmp_path: Path, steps: list[int]) -> None:
+    def record_some(path: Path) -> int:
+        with opened(path) as archive:
+            steps.clear()
+            for index in range(3):
+                archive.record(Measurement((index, 0, 0), {"psnr_drop_db": 0.0, "macs": 1.0}))
+            return len(steps)
+
+    for name, trials in (("empty.db", 0), ("full.db", 20_000)):
+        opened(tmp_path / name).close()
+        with sqlite3.connect(tmp_path / name) as other:
+            other.executemany("insert into trials (number, study_id, state) values (?, 1, 'COMPLETE')",
+                              ((number,) for number in range(trials)))
+    assert record_some(tmp_path / "full.db") <= 1.5 * record_some(tmp_path / "empty.db") + 10
+
+
+def test_reading_costs_as_much_for_each_of_many_measurements(tmp_path: Path, steps: list[int]) -> None:
+    def read(number: int) -> float:
+        path = tmp_path / f"{number}.db"
+        opened(path).close()
+        with sqlite3.connect(path) as other:
+            other.executemany("insert into trials (trial_id, number, study_id, state) values (?, ?, 1, 'COMPLETE')",
+                              ((index, index) for index in range(number)))
+            other.executemany("insert into trial_user_attributes (trial_id, key, value_json) values (?, ?, ?)",
+                              ((index, key, value) for index in range(number) for key, value in (
+                                  ("genotype", f'"{index}-0-0"'), ("note", '""'), ("psnr_db", "[30.0]"),
+                                  ("values", '{"psnr_drop_db": 0.0, "macs": 1.0}'))))
+        steps.clear()
+        assert len(read_archive(path).measurements()) == number
+        return len(steps) / number
+
+    assert read(4000) <= 1.3 * read(1000)
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b", "a%3Fb", "a#b", "with space", "größe→日本", ":memory:", "{SCHEMA}",
+                                  "a&b=c;d", "x@y:z", "'quoted\"", "-flag", "n" * 200, "file:x?mode=memory"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_run_folder_of_any_name_holds_its_own_archive(name: str, kind: type, tmp_path: Path) -> None:
+    if sys.platform == "win32":
+        pytest.skip("these names are not allowed there")
+    plain, odd = (tmp_path / folder / "archive.db" for folder in ("a", name))
+    opened(plain).close()
+    with opened(kind(odd)) as archive:
+        archive.record(GOOD)
+    mark_invalid(kind(odd), GOOD.genotype, "no")
+    assert [item.note for item in read_archive(kind(odd)).measurements()] == ["no"]
+    assert read_archive(plain).measurements() == []
+    assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")} == {"a", name}
+    with sqlite3.connect(odd) as other:
+        assert other.execute("select count(*) from trials").fetchone() == (1,)
+
+
+def test_storages_that_sqlite_cannot_take_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="503 bytes at most"):
+        storage_url(tmp_path / "/".join(["n" * 100] * 6))
+    with pytest.raises(ValueError, match="names no file"):
+        read_archive("sqlite://")
+    assert storage_url("postgresql://me:secret@host/db?sslmode=require") == "postgresql://me:secret@host/db?sslmode=require"
+
+
+def test_the_baseline_is_kept_as_first_given_and_never_compared(tmp_path: Path) -> None:
+    first = Baseline((30.0, 1 / 3), (20.0, math.inf), {"params": 2.0, "macs": 3.0})
+    path = tmp_path / "archive.db"
+    opened(path).close()
+    assert read_archive(path).baseline is None
+    for baseline in (first, dataclasses.replace(first, teacher_psnr_db=(30.0, 1 / 3 + 1e-9))):
+        with open_archive(path, space=SPACE, objectives=NAMES, manifest=MANIFEST, baseline=baseline) as archive:
+            assert archive.baseline == first
+    opened(path).close()
+    assert read_archive(path).baseline == first
+    assert Baseline((30.0, 32.0), (), {}).input_mean_db is None and Baseline((3.0,), (1.0,), {}).input_drop_db == 2.0
+
+
+def test_every_recipe_is_kept_and_the_best_counts_also_while_a_search_writes(tmp_path: Path) -> None:
+    path, genotype = tmp_path / "archive.db", GOOD.genotype
+    report = {"input": 20.0, "before": 29.0, "after": 29.8, "teacher": 30.0}
+    with opened(path) as archive:
+        archive.record(GOOD)
+        record_tuned(path, genotype, recipe="long:1", psnr_db=(31.0, 32.0), report=report)
+        record_tuned(path, genotype, recipe="short", psnr_db=(31.0, 31.0), report={})
+        archive.record(BAD)
+    record_tuned(path, genotype, recipe="short", psnr_db=(30.5, 31.0), report={})
+    again = read_archive(path)
+    assert again.tuned == {genotype: Tuned("long:1", (31.0, 32.0), report)}
+    assert [(result.recipe, result.psnr_db) for result in again.tuned_by_recipe[genotype]] == [
+        ("long:1", (31.0, 32.0)), ("short", (30.5, 31.0))]
+    assert [item.psnr_db_tuned for item in again.measurements()] == [(31.0, 32.0), ()]
+    assert again.known()[genotype].values == GOOD.values, "the values before fine-tuning stay"
+
+
+def test_fine_tuned_results_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "archive.db"
+    opened(path).close()
+    for psnr_db, report, genotype, message in (
+            ((), {}, (0, 2, 1), "finite"), ((math.nan,), {}, (0, 2, 1), "finite"),
+            ((30.0,), {"after": math.inf}, (0, 2, 1), "finite"),
+            ((30.0,), {"afterwards": 1.0}, (0, 2, 1), "they have input"),
+            ((30.0,), {}, (0, 2, 7), "latent|decoder"), ((30.0,), {}, (0,), "has 3 entries")):
+        with pytest.raises(ValueError, match=message):
+            record_tuned(path, genotype, recipe="r", psnr_db=psnr_db, report=report)
+    with pytest.raises(FileNotFoundError):
+        record_tuned(tmp_path / "none.db", (0, 2, 1), recipe="r", psnr_db=(1.0,), report={})
+    assert read_archive(path).tuned == {}
+
+
+def test_the_space_comes_back_without_a_network(tmp_path: Path) -> None:
+    own = Choice("restormer", 4, teacher=True)
+    others = ("vssd×1(expand=1.5,state=16)", "conv×2(gated=True)", "identity×1")
+    space = SearchSpace("priced", (Slot("latent.1", (own, *map(parse_choice, others))), Slot("decoder", (own,))),
+                        penalty_teacher=3.0, penalty_per_block=0.25, transformers=("restormer", "mine"))
+    path = tmp_path / "archive.db"
+    open_archive(path, space=space, objectives=NAMES, manifest=MANIFEST).close()
+    assert read_archive(path).space == space
+    with pytest.raises(ArchiveMismatch, match=r"penalty.transformers was \[\"restormer\", \"mine\"\], is now"):
+        open_archive(path, space=dataclasses.replace(space, transformers=("uformer",)), objectives=NAMES,
+                     manifest=MANIFEST)
+
+
+def test_a_part_of_the_manifest_can_be_checked_alone(tmp_path: Path) -> None:
+    opened(tmp_path / "archive.db").close()
+    archive = read_archive(tmp_path / "archive.db")
+    archive.check({"seed": 3, "objectives": NAMES, **space_manifest(SPACE)})
+    archive.check({})
+    with pytest.raises(ArchiveMismatch, match=r": seed was 3, is now 4; protocol.sigma_255 was 25, is now 50$"):
+        archive.check({"seed": 4, "protocol": {"name": "denoise-color-awgn", "sigma_255": 50}, "engine": "random"})
+    with pytest.raises(ArchiveMismatch, match=r"slots.latent was"):
+        archive.check(space_manifest(space_of("vssd")))
 
 
 def search(path: Path, ledger: Path) -> None:

@@ -101,3 +101,11 @@ def test_block_exports_with_dynamic_height_and_width(family: str, tmp_path: Path
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         truth = stack(x).detach().numpy()
         assert np.linalg.norm(y - truth) < 1e-4 * np.linalg.norm(truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_black_map_stays_finite_in_every_precision(dtype: torch.dtype) -> None:
+    """An epsilon under a root must be a number of the precision it is used in: 1e-24 is 0 in float16."""
+    block = create_stack("restormer", 8, 1, heads=2).to(dtype)
+    for value in (0.0, 1.0):
+        assert torch.isfinite(block(torch.full((1, 8, 8, 8), value, dtype=dtype))).all()

@@ -41,11 +41,12 @@ def _unit_rows(x: Tensor) -> Tensor:
     """Divide each channel by its L2 norm over the pixels (the released code normalises along H·W).
 
     A mean and an rsqrt replace the norm; the sum is under the square root's smallest sensible value only where
-    the released epsilon of 1e-12 on the norm would matter too.
+    the released epsilon of 1e-12 on the norm would matter too: 1e-24 is nothing in float16, whose smallest number it is
+    there.
     """
     pixels = x.shape[2] * x.shape[3]
     mean_square = (x * x).mean((2, 3), keepdim=True)
-    return x * (torch.rsqrt(mean_square + 1e-24) * pixels**-0.5)
+    return x * (torch.rsqrt(mean_square + max(1e-24, torch.finfo(x.dtype).smallest_normal * 2**-10)) * pixels**-0.5)
 
 
 class GatedFeedForward(nn.Module):

@@ -82,7 +82,7 @@ def write_checked(network: Network, path: str | Path, *, photo: Tensor, toleranc
     if taken:
         raise ValueError(f"facts may not be called {', '.join(taken)}; these names describe the file")
     with atomic_path(path) as temporary:
-        say(f"export: tracing {sum(spec.depth for spec in network.slots)} blocks, a second or two each")
+        say(f"export: tracing {sum(spec.depth for spec in network.slots)} blocks, about two seconds each")
         try:
             kind.write(network, temporary, {**metadata, **(facts or {})})
         except (MemoryError, OSError):
@@ -91,11 +91,21 @@ def write_checked(network: Network, path: str | Path, *, photo: Tensor, toleranc
             reason = str(failure.__cause__ or failure).strip().split("\n")[0]
             raise ExportError(f"the network cannot be exported to {path.suffix}: {reason}") from failure
         say("export: comparing the file with PyTorch")
-        error = measure_parity(network, kind.open(temporary, None).run, photo=photo)
+        error = _check(kind, network, temporary, photo)
         if not error <= tolerance:
             raise ExportError(f"{path.name}: its runtime differs from PyTorch by {error:.1e} relative, more than "
                               f"{tolerance:.0e}; the file was not kept")
     return error
+
+
+def _check(kind: Format, network: Network, path: Path, photo: Tensor) -> float:
+    """Parity of a written file; ExportError where its own runtime cannot open or run it."""
+    try:
+        return measure_parity(network, kind.open(path, None).run, photo=photo)
+    except (MemoryError, OSError, ExportError):
+        raise
+    except Exception as failure:  # runtimes' errors share no public class
+        raise ExportError(f"the exported file does not run: {str(failure).strip().splitlines()[0]}") from failure
 
 
 def measure_parity(network: Network, run: Callable[[Tensor], Tensor], *, photo: Tensor) -> float:

@@ -206,7 +206,7 @@ def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequenc
 def read_archive(storage: str | Path, *, name: str = "ens") -> Archive:
     """Open an archive for reading, also while a search writes to it.
 
-    Raises FileNotFoundError where there is no file, ValueError for a file that is no archive of ens.
+    Raises FileNotFoundError where there is no file or study, ValueError for a file that is no archive of ens.
     """
     study, trials = _load_recorded(storage, name)
     try:
@@ -271,7 +271,7 @@ def _load(storage: str | Path, *, name: str, num_objectives: int | None) -> tupl
                                         directions=["minimize"] * num_objectives)
         return study, Trials(url, name=name)
     except KeyError:
-        raise ValueError(f"{_printed(storage)} holds no study named {name!r}") from None
+        raise FileNotFoundError(f"{_printed(storage)} holds no study named {name!r}") from None
     except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
         raise ValueError(f"{_printed(storage)} cannot be opened as an archive: {_reason(error)}") from error
 

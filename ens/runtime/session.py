@@ -72,6 +72,8 @@ def _open_exported(path: Path, threads: int | None) -> Session:
     reject_impostors(path)
     try:
         opened = FORMATS[path.suffix.lower()].open(path, threads)
+    except MemoryError:
+        raise
     except Exception as error:  # runtimes' errors share no public class
         reason = str(error).split("\n")[0]
         raise SessionError(f"{path}: is damaged or is not an {path.suffix} file ({reason})") from None
