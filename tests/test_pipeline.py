@@ -188,7 +188,7 @@ def test_candidates_near_the_pick_are_tuned_and_validation_chooses(
     measured = {one.genotype: one for one in run.archive.measurements()}
     assert all(measured[genotype].psnr_db_tuned == tuned[genotype].psnr_db for genotype in means)
     untuned = run.baseline.teacher_mean_db - float(np.mean(measured[best].psnr_db))
-    assert measured[best].values["psnr_drop_db"] == pytest.approx(untuned, abs=1e-9), "training-free stays training-free"
+    assert measured[best].values["psnr_drop_db"] == pytest.approx(untuned, abs=1e-9)  # training-free
 
 
 def test_fine_tuning_that_hurts_keeps_the_weights_it_started_with(
