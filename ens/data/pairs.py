@@ -148,6 +148,10 @@ def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, cr
     give the same pixels, whatever the files are called. Raises as `load_pairs` does, and DataError naming the images
     that are smaller than a crop.
     """
+    if crops_per_image < 1:
+        raise ValueError(f"crops_per_image is at least 1, got {crops_per_image}")
+    if crop_px is None and crops_per_image > 1:
+        raise ValueError(f"crops_per_image is {crops_per_image}, but there is no crop_px; say how large the crops are")
     pairs = load_pairs(folder, scale=task.scale, channels=channels, limit=limit, studio=task.studio)
     if crop_px is not None:
         if crop_px < 8 * task.scale:
