@@ -76,6 +76,17 @@ def test_concave_linear_and_convex_fronts_have_their_knee_where_it_may_be(power:
         assert 0 < knee(front) < 10
 
 
+def test_the_knee_of_a_linear_front_is_its_middle() -> None:
+    drop = np.linspace(0, 1, 11)
+    assert knee(np.stack([drop, 1 - drop], axis=1)) == 5
+
+
+def test_only_a_candidate_is_the_knee() -> None:
+    bent = np.array([[0.0, 10.0], [0.1, 6.0], [0.3, 2.0], [0.7, 1.5], [1.0, 0.0]])
+    assert knee(bent, np.array([True, True, False, True, False])) == 1
+    assert knee(np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([False, True])) == 1
+
+
 def test_the_knee_ignores_units() -> None:
     front = np.array([[0.0, 10.0], [0.1, 6.0], [0.3, 2.0], [0.7, 1.5], [1.0, 0.0]])
     assert knee(front * [1e9, 1e-6] + [5, -3]) == knee(front)

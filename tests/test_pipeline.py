@@ -176,6 +176,21 @@ def test_another_recipe_is_tuned_beside_the_first_and_the_better_one_is_exported
     assert float(exported["psnr_db_after"]) == max(after)
 
 
+def test_candidates_near_the_pick_are_tuned_and_validation_chooses(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, _ = finished
+    run = copied(out, tmp_path, {"finetune": {"candidates": 2, "steps": 3}})
+    best = pipeline.finetune(run, "knee")
+    tuned = run.archive.tuned
+    assert set(run.candidates("knee")) <= set(tuned) and len(run.candidates("knee")) == 2
+    means = {genotype: tuned[genotype].mean_db for genotype in run.candidates("knee")}
+    assert means[best] == max(means.values())
+    measured = {one.genotype: one for one in run.archive.measurements()}
+    assert all(measured[genotype].psnr_db_tuned == tuned[genotype].psnr_db for genotype in means)
+    untuned = run.baseline.teacher_mean_db - float(np.mean(measured[best].psnr_db))
+    assert measured[best].values["psnr_drop_db"] == pytest.approx(untuned, abs=1e-9), "training-free stays training-free"
+
+
 def test_fine_tuning_that_hurts_keeps_the_weights_it_started_with(
         tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
     _, out, onnx = finished
