@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
-from ens.distill.blockwise import distill_library
+from ens.distill.blockwise import create_surrogate, distill_library
 from ens.distill.fit import ResumeMismatch
 from ens.distill.library import Library, LibraryError, create_library, open_library
 from ens.networks import create_network
@@ -120,6 +121,40 @@ def test_a_library_round_trips_bit_for_bit(tmp_path: Path, dtype: str) -> None:
         for name, value in theirs.state_dict().items():
             assert torch.equal(ours.state_dict()[name], value)
             assert torch.equal(value, value.to(getattr(torch, dtype)).float())
+
+
+def test_surrogates_start_from_numbers_of_their_own() -> None:
+    network = teacher()
+    started = [parameters_to_vector(create_surrogate(network, network.slot(slot), choice, seed=seed).parameters())
+               for seed in (0, 1) for slot in ("encoder_level1", "decoder_level1")
+               for choice in (Choice("conv", 1), Choice("conv", 2))]
+    # The first numbers drawn differ whatever the length: no slot, choice or seed repeats another's.
+    assert len({tuple(values[:50].tolist()) for values in started}) == len(started)
+    again = create_surrogate(network, network.slot("encoder_level1"), Choice("conv", 1), seed=0)
+    assert torch.equal(parameters_to_vector(again.parameters()), started[0])
+
+
+def test_the_teacher_that_was_given_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, moved = teacher(), []
+    library = create_library(tmp_path / "lib", network, task="t", recipe={})
+    before, move = hash_weights(network), Network.to
+    monkeypatch.setattr(Network, "to", lambda self, *where: moved.append(self) or move(self, *where))
+    assert distill(network, library, steps=1)
+    assert moved and all(other is not network for other in moved)
+    assert hash_weights(network) == before and not network.training
+
+
+def test_a_library_of_the_first_version_with_multiply_adds_still_opens(tmp_path: Path) -> None:
+    network = teacher()
+    library = create_library(tmp_path / "lib", network, task="t", recipe={})
+    assert distill(network, library, steps=1)
+    path = tmp_path / "lib" / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    assert all("macs" not in entry for entry in manifest["surrogates"].values())
+    for entry in manifest["surrogates"].values():
+        entry["macs"] = 7
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    assert open_library(tmp_path / "lib").surrogates == library.surrogates
 
 
 def test_weights_that_do_not_fit_the_manifest_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +195,104 @@ def test_missing_folder_and_tiny_crop_are_named(tmp_path: Path) -> None:
         load_pairs(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="crop_px is at least 32, got 16"):
         load_validation_set(BUILTIN_PHOTOS, create_task("sr_x4"), crop_px=16)
+
+
+def test_purposes_and_seeds_never_share_patches() -> None:
+    drawn = [Patches(synthetic(), Denoise(), seed=seed, purpose=purpose).batch(0, 4, 16)
+             for seed in (0, 1) for purpose in ("", "train", "distill", "finetune")]
+    for one, other in itertools.combinations(drawn, 2):
+        assert not torch.equal(one[1], other[1])
+        assert not torch.equal(one[0] - one[1], other[0] - other[1])
+
+
+def write_ramp(folder: Path, scale: int, *, height: int = 200, width: int = 240) -> None:
+    """An image whose red and green are row and column, with its low-resolution twin where the task enlarges."""
+    rows, columns = np.mgrid[:height, :width]
+    ramp = np.stack([rows, columns, rows * 0], axis=2).astype(np.uint8)
+    write(folder / "HR" if scale > 1 else folder, "ramp.png", ramp)
+    if scale > 1:
+        write(folder / "LR_bicubic" / f"X{scale}", f"rampx{scale}.png", ramp[::scale, ::scale])
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize(("asked", "given"), [(1, 1), (2, 2), (5, 4), (9, 9), (50, 9)])
+def test_crops_lie_apart_inside_the_image_and_beside_their_twins(tmp_path: Path, scale: int, asked: int,
+                                                                 given: int) -> None:
+    write_ramp(tmp_path, scale)
+    images = load_validation_set(tmp_path, create_task(f"sr_x{scale}") if scale > 1 else Denoise(sigma_255=0),
+                                 crop_px=64, crops_per_image=asked).images
+    assert [image.name for image in images] == (["ramp"] if asked == 1 else [f"ramp#{i + 1}" for i in range(given)])
+    taken = np.zeros((200, 240), int)
+    for image in images:
+        top, left = (round(float(plane[0, 0]) * 255) for plane in image.clean[:2])
+        assert image.clean.shape == (3, 64, 64) and image.degraded.shape == (3, 64 // scale, 64 // scale)
+        taken[top:top + 64, left:left + 64] += 1
+        torch.testing.assert_close(image.degraded, image.clean[:, ::scale, ::scale], rtol=0, atol=1e-6)
+    assert taken.max() == 1 and taken.sum() == given * 64 * 64
+    if asked == 1:
+        assert (taken[68:132, 88:152] == 1).all()
+    if asked in (5, 9):  # spread: every quarter of the image has its crop
+        assert all(part.any() for half in np.array_split(taken, 2) for part in np.array_split(half, 2, axis=1))
+
+
+@pytest.mark.parametrize("asked", range(1, 13))
+def test_crops_lean_to_no_side_of_the_image(tmp_path: Path, asked: int) -> None:
+    write_ramp(tmp_path, 1)
+    images = load_validation_set(tmp_path, Denoise(sigma_255=0), crop_px=48, crops_per_image=asked).images
+    assert 0.7 * asked <= len(images) <= asked
+    centres = np.mean([255 * image.clean[:2].mean(dim=(1, 2)).numpy() for image in images], axis=0)
+    np.testing.assert_allclose(centres, (99.5, 119.5), atol=1)
+
+
+def test_crops_that_cannot_be_cut_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "small.png", pixels(60, 200))
+    write(tmp_path, "large.png", pixels(200, 200))
+    with pytest.raises(DataError, match="crops of 64 px do not fit into 1 images: small is 200×60"):
+        load_validation_set(tmp_path, Denoise(), crop_px=64)
+    with pytest.raises(ValueError, match="crops_per_image is at least 1, got 0"):
+        load_validation_set(tmp_path, Denoise(), crop_px=32, crops_per_image=0)
+    with pytest.raises(ValueError, match="crops_per_image is 4, but there is no crop_px"):
+        load_validation_set(tmp_path, Denoise(), crops_per_image=4)
+
+
+def test_builtin_sets_are_colour_and_share_no_scene() -> None:
+    sets = [{path.clean.name for path in find_pairs(f"builtin:{name}-photos")}
+            for name in ("train", "validation", "report")]
+    for one, other in itertools.combinations(sets, 2):
+        assert not {file.partition("_")[0] for file in one} & {file.partition("_")[0] for file in other}
+    for name in ("train", "validation", "report"):
+        for pair in load_pairs(f"builtin:{name}-photos"):
+            assert np.ptp(pair.clean.astype(int), axis=2).mean() > 3
+    chosen = load_validation_set("builtin:validation-photos", Denoise(), crop_px=128, crops_per_image=8).images
+    assert len(chosen) >= 16 and {image.clean.shape for image in chosen} == {(3, 128, 128)}
+    assert load_validation_set("builtin:report-photos", Denoise(), crop_px=128, crops_per_image=8).images
+
+
+@pytest.mark.parametrize("name", ["denoise", "derain", "deblur", "jpeg_q10"])
+def test_renaming_files_changes_nothing_and_changing_a_pixel_does(tmp_path: Path, name: str) -> None:
+    task, shots = create_task(name), [pixels(seed=seed) for seed in range(3)]
+    for folder, order in (("a", (0, 1, 2)), ("b", (2, 0, 1))):
+        for position, index in enumerate(order):
+            write(tmp_path / folder, f"{position}.png", shots[index])
+    first, renamed = (load_validation_set(tmp_path / folder, task) for folder in ("a", "b"))
+    assert first.fingerprint == renamed.fingerprint and str(first.fingerprint).startswith("3 images")
+    assert ("seeded by content" in str(first.fingerprint)) == (name in ("derain", "deblur"))
+    assert ("seed 0 for each" in str(first.fingerprint)) == (name == "denoise")
+    assert torch.equal(first.images[0].degraded, renamed.images[1].degraded)
+    shots[1][5, 5] ^= 64
+    write(tmp_path / "b", "2.png", shots[1])
+    assert load_validation_set(tmp_path / "b", task).fingerprint != first.fingerprint
+
+
+def test_the_fingerprint_covers_degraded_pixels_and_counts_pairs(tmp_path: Path) -> None:
+    for index in range(8):
+        write(tmp_path / "paired" / "input", f"{index}.png", pixels(24, 32, seed=50 + index))
+        write(tmp_path / "paired" / "target", f"{index}.png", pixels(24, 32, seed=index))
+        write(tmp_path / "clean", f"{index}.png", pixels(24, 32, seed=index))
+    before = load_validation_set(tmp_path / "paired", Derain()).fingerprint
+    assert str(before).startswith("8 pairs, 8×(32×24), sha256") and len(str(before)) < 80 and "\n" not in str(before)
+    write(tmp_path / "paired" / "input", "3.png", pixels(24, 32, seed=99))
+    assert load_validation_set(tmp_path / "paired", Derain()).fingerprint.sha256 != before.sha256
+    clean = [load_validation_set(tmp_path / "clean", create_task(name)).fingerprint
+             for name in ("denoise_s25", "denoise_s50", "derain", "jpeg_q10")]
+    assert str(clean[0]).startswith("8 images") and len({one.sha256 for one in clean}) == 4

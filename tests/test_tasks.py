@@ -106,6 +106,24 @@ def test_jpeg_gives_networks_of_one_and_of_three_channels_the_same_pixels(tmp_pa
     np.testing.assert_array_equal(np.rint(255 * one.clean[0].numpy()), luma)
 
 
+@pytest.mark.parametrize(("colour_columns", "crop_px", "crops"), [(0, None, 1), (8, None, 1), (8, 32, 4), (0, 32, 4)])
+def test_jpeg_takes_gray_that_is_stored_as_colour_alike_for_both(tmp_path: Path, colour_columns: int,
+                                                                 crop_px: int | None, crops: int) -> None:
+    """A gray photo saved as RGB, and gray crops of a colour photo: what is luma is decided by the whole file, once."""
+    rng = np.random.default_rng(0)
+    stored = np.repeat(rng.integers(0, 256, (64, 64, 1), dtype=np.uint8), 3, axis=2)
+    stored[:, :colour_columns] = rng.integers(0, 256, (64, colour_columns, 3), dtype=np.uint8)
+    write_photo(tmp_path / "photo.png", Photo(stored))
+    one, three = (load_validation_set(tmp_path, create_task("jpeg_q10"), channels=channels, crop_px=crop_px,
+                                      crops_per_image=crops).images for channels in (1, 3))
+    assert len(one) == len(three) == crops
+    for gray, repeated in zip(one, three, strict=True):
+        assert all(torch.equal(gray.clean[0], plane) for plane in repeated.clean)
+        assert all(torch.equal(gray.degraded[0], plane) for plane in repeated.degraded)
+    if colour_columns == 0 and crop_px is None:
+        np.testing.assert_array_equal(np.rint(255 * one[0].clean[0].numpy()), stored[..., 0])
+
+
 def test_blind_noise_draws_sigma_and_validates_at_a_stated_one() -> None:
     task = Denoise(sigma_255=(0.0, 50.0))
     flat = np.full((64, 64, 3), 0.5, np.float32)

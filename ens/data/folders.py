@@ -14,8 +14,8 @@ BUILTIN_PHOTOS = "builtin:photos"
 # Colour pictures that scikit-image ships: to train on, to choose by, to report on, or all five photographs.
 _BUILTIN = {
     "builtin:train-photos": ("astronaut.png", "motorcycle_left.png"),
-    "builtin:validation-photos": ("chelsea.png", "rocket.jpg"),
-    "builtin:report-photos": ("coffee.png",),
+    "builtin:validation-photos": ("coffee.png", "rocket.jpg"),
+    "builtin:report-photos": ("chelsea.png",),
     BUILTIN_PHOTOS: ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
 }
 _PAIR_FOLDERS = (("input", "target"), ("blur", "sharp"))
@@ -102,7 +102,8 @@ def load_pairs(folder: str | Path, *, scale: int = 1, channels: int = 3, limit: 
                studio: bool = False) -> list[Pair]:
     """Decode the first `limit` images of a folder (all of them by default) with 1 or 3 channels.
 
-    Colour becomes one channel as BT.601 luma of full range, or with `studio` as MATLAB's rgb2ycbcr has it.
+    Colour becomes one channel as BT.601 luma of full range; with `studio` it becomes gray as MATLAB's rgb2ycbcr has it,
+    also where there are three channels.
     Raises DataError listing every unreadable image and every pair whose sizes do not fit, before anything is used.
     """
     if channels not in (1, 3):
@@ -130,11 +131,19 @@ def _read(path: Path, channels: int, studio: bool) -> Pixels:
 
 
 def with_channels(pixels: Pixels, channels: int, *, studio: bool = False) -> Pixels:
-    """Gray repeated to three channels, or colour reduced to BT.601 luma (full range, or studio); the depth stays."""
-    if pixels.shape[2] == channels:
-        return pixels
-    if channels == 3:
-        return np.repeat(pixels, 3, axis=2)
+    """Gray repeated to three channels, or colour reduced to BT.601 luma of full range; the depth stays.
+
+    With `studio`, colour becomes studio luma whatever the channels: networks of one and of three get the same pixels.
+    """
+    if pixels.shape[2] == 3 and (channels == 1 or studio):
+        pixels = _reduce_to_gray(pixels, studio)
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] < channels else pixels
+
+
+def _reduce_to_gray(pixels: Pixels, studio: bool) -> Pixels:
+    # Gray that a file stores as colour is gray already.
+    if (pixels == pixels[..., :1]).all():
+        return pixels[..., :1]
     colour = to_float(pixels)
     gray = studio_luma(colour) if studio else (colour.astype(np.float64) @ _LUMA)[..., None].astype(np.float32)
     return to_pixels(gray, np.uint16 if pixels.dtype == np.uint16 else np.uint8)

@@ -185,21 +185,27 @@ def list_images(folder: str | Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What identifies a data set: number of images or pairs, sizes W×H of the clean ones, hash of all pixels."""
+    """What identifies a data set: number of images or pairs, sizes W×H of the clean ones, hash of all pixels.
+
+    `seeding` says what seeded the degradation, "" where nothing is drawn or the degraded images were there.
+    """
 
     count: int
     sizes: tuple[tuple[str, int], ...]
     sha256: str
     paired: bool = False
+    seeding: str = ""
 
     def __str__(self) -> str:
         shown = ", ".join(f"{number}×({size})" if number > 1 else size for size, number in self.sizes[:3])
         more = f" and {len(self.sizes) - 3} more sizes" if len(self.sizes) > 3 else ""
-        return f"{self.count} {'pairs' if self.paired else 'images'}, {shown}{more}, sha256 {self.sha256[:12]}"
+        seeding = f", {self.seeding}" if self.seeding else ""
+        kind = "pairs" if self.paired else "images"
+        return f"{self.count} {kind}, {shown}{more}{seeding}, sha256 {self.sha256[:12]}"
 
 
 def fingerprint_images(images: Iterable[Pixels], contents: Iterable[NDArray[Any]], *,
-                       paired: bool = False) -> Fingerprint:
+                       paired: bool = False, seeding: str = "") -> Fingerprint:
     """Fingerprint of images (H, W, C), whatever their names, order and file format.
 
     `contents` are what is scored, one array an image: the degraded pixels belong to it as the clean ones do.
@@ -208,4 +214,4 @@ def fingerprint_images(images: Iterable[Pixels], contents: Iterable[NDArray[Any]
     digests = sorted(hashlib.sha256(f"{content.shape} {content.dtype}".encode()
                                     + np.ascontiguousarray(content).tobytes()).digest() for content in contents)
     ranked = tuple(sorted(sizes.items(), key=lambda item: (-item[1], item[0])))
-    return Fingerprint(len(digests), ranked, hashlib.sha256(b"".join(digests)).hexdigest(), paired)
+    return Fingerprint(len(digests), ranked, hashlib.sha256(b"".join(digests)).hexdigest(), paired, seeding)

@@ -17,6 +17,7 @@ from ens.data.images import (
     Fingerprint,
     FloatImage,
     Photo,
+    Pixels,
     fingerprint_images,
     read_photo,
     to_float,
@@ -98,7 +99,7 @@ def _turn(image: Bytes, symmetry: int) -> Bytes:
     return turned.swapaxes(0, 1) if symmetry & 4 else turned
 
 
-def _cut(image: Bytes, top: int, left: int, side: int) -> Bytes:
+def _cut(image: Pixels, top: int, left: int, side: int) -> Pixels:
     return image[top:top + side, left:left + side]
 
 
@@ -148,6 +149,10 @@ def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, cr
     give the same pixels, whatever the files are called. Raises as `load_pairs` does, and DataError naming the images
     that are smaller than a crop.
     """
+    if crops_per_image < 1:
+        raise ValueError(f"crops_per_image is at least 1, got {crops_per_image}")
+    if crop_px is None and crops_per_image > 1:
+        raise ValueError(f"crops_per_image is {crops_per_image}, but there is no crop_px; say how large the crops are")
     pairs = load_pairs(folder, scale=task.scale, channels=channels, limit=limit, studio=task.studio)
     if crop_px is not None:
         if crop_px < 8 * task.scale:
@@ -155,8 +160,9 @@ def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, cr
         pairs = _crop_all(pairs, crop_px // (8 * task.scale) * 8 * task.scale, task.scale, crops_per_image)
     images = tuple(_degrade_whole(pair, task) for pair in pairs)
     pixels = [np.concatenate([image.clean.numpy().ravel(), image.degraded.numpy().ravel()]) for image in images]
-    return ValidationSet(images, fingerprint_images([pair.clean for pair in pairs], pixels,
-                                                    paired=any(pair.degraded is not None for pair in pairs)))
+    paired = any(pair.degraded is not None for pair in pairs)
+    return ValidationSet(images, fingerprint_images([pair.clean for pair in pairs], pixels, paired=paired,
+                                                    seeding="" if paired else task.seeding))
 
 
 def _crop_all(pairs: Sequence[Pair], side: int, scale: int, count: int) -> list[Pair]:
@@ -168,21 +174,19 @@ def _crop_all(pairs: Sequence[Pair], side: int, scale: int, count: int) -> list[
 
 
 def _crop_grid(pair: Pair, side: int, scale: int, count: int) -> list[Pair]:
-    """Up to `count` squares on a grid that is centred in the image, evenly chosen along it."""
-    rows, columns = (size // side for size in pair.clean.shape[:2])
-    if count == 1:
-        rows = columns = 1
-    cells = [(row, column) for row in range(rows) for column in range(columns)]
-    kept = [cells[index * len(cells) // min(count, len(cells))] for index in range(min(count, len(cells)))]
+    """Squares in the middle of the cells of a grid over the image: the one of most cells, `count` at most."""
+    height, width = pair.clean.shape[:2]
+    grids = [(rows, columns) for rows in range(1, height // side + 1) for columns in range(1, width // side + 1)
+             if rows * columns <= count]
+    # Of two grids with as many cells the one whose cells are squarer.
+    rows, columns = max(grids, key=lambda grid: (grid[0] * grid[1], -abs(height * grid[1] - width * grid[0])))
     crops = []
-    for number, (row, column) in enumerate(kept, 1):
-        top, left = ((size * (2 * cell + 1) // (2 * cells_along) - side // 2) // scale * scale
-                     for size, cell, cells_along in zip(pair.clean.shape[:2], (row, column), (rows, columns),
-                                                        strict=True))
-        clean = pair.clean[top:top + side, left:left + side]
-        degraded = None if pair.degraded is None else pair.degraded[
-            top // scale:(top + side) // scale, left // scale:(left + side) // scale]
-        crops.append(Pair(f"{pair.name}#{number}" if count > 1 else pair.name, clean, degraded))
+    for number, (row, column) in enumerate(np.ndindex(rows, columns), 1):
+        top = (height * (2 * row + 1) // (2 * rows) - side // 2) // scale
+        left = (width * (2 * column + 1) // (2 * columns) - side // 2) // scale
+        crops.append(Pair(f"{pair.name}#{number}" if count > 1 else pair.name,
+                          _cut(pair.clean, top * scale, left * scale, side),
+                          None if pair.degraded is None else _cut(pair.degraded, top, left, side // scale)))
     return crops
 
 

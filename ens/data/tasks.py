@@ -43,6 +43,8 @@ class Task(ABC):
     other_protocols: ClassVar[tuple[str, ...]] = ()
     studio: ClassVar[bool] = False
     """Whether one channel means studio luma, as the protocol has it, instead of full-range gray."""
+    seeding: ClassVar[str] = ""
+    """What seeds the degradation of validation images, for their fingerprint; "" where nothing is drawn."""
 
     @property
     def scale(self) -> int:
@@ -84,6 +86,7 @@ class Denoise(Task):
 
     name: ClassVar[str] = "denoise"
     protocol_name: ClassVar[str] = "denoise-color-awgn"
+    seeding: ClassVar[str] = "seed 0 for each"
     sigma_255: float | Range = 25.0
     validation_sigma_255: float | None = None
 
@@ -110,6 +113,7 @@ class Derain(Task):
 
     name: ClassVar[str] = "derain"
     protocol_name: ClassVar[str] = "derain-y"
+    seeding: ClassVar[str] = "seeded by content"
     angle_deg: Range = (-25.0, 25.0)
     length_px: Range = (12.0, 50.0)
     density: Range = (0.0005, 0.008)
@@ -132,6 +136,7 @@ class Deblur(Task):
 
     name: ClassVar[str] = "deblur"
     protocol_name: ClassVar[str] = "deblur-rgb"
+    seeding: ClassVar[str] = "seeded by content"
     length_px: Range = (5.0, 30.0)
     shake: float = 0.15
 
