@@ -129,7 +129,8 @@ def scan_forward(inputs: ScanInputs, *, keep: bool, lanes: int = 0) -> tuple[Ten
     batch, channels = inputs.delta.shape[0], inputs.A.shape[0]
     y = torch.empty_like(like_output(inputs))
     last = inputs.u.new_empty(batch, channels, inputs.B.shape[2])
-    checkpoints = inputs.u.new_empty(checkpoint_shape(inputs) if keep else 0)
+    # Zeros: channels that pad a group are never written, and what an operator returns must not be left to chance.
+    checkpoints = inputs.u.new_zeros(checkpoint_shape(inputs) if keep else 0)
     call = _make_call(inputs, lanes)
     call.y, call.last_state = _strided(y), last.data_ptr()
     call.checkpoints = checkpoints.data_ptr() if keep else None
