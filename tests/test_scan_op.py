@@ -271,6 +271,17 @@ def test_operator_passes_opcheck(keep: bool) -> None:
 
 
 @needs_kernel
+def test_operator_returns_no_uninitialised_memory() -> None:
+    arguments = op_arguments(keep=True)
+    results = []
+    for _ in range(5):
+        torch.full((200, 200), float("nan"))  # what a new tensor may find in its memory
+        results.append(torch.ops.ens.selective_scan(*arguments))
+    for outputs in results:
+        assert all(torch.equal(a, b) for a, b in zip(outputs, results[0], strict=True))
+
+
+@needs_kernel
 @pytest.mark.slow
 def test_operator_passes_opcheck_with_dynamic_shapes_and_gradients() -> None:
     check = "test_aot_dispatch_dynamic"

@@ -44,24 +44,29 @@ def scan_order(name: str, height: int, width: int) -> Tensor:
     return order if base == name else order.flip(0)
 
 
+def to_indices(order: Tensor) -> Tensor:
+    """The order as int64, which PyTorch indexes with; raises ValueError where it does not hold integers."""
+    if order.ndim == 0 or order.dtype not in _INTEGERS:
+        raise ValueError(f"an order holds integers, L a row, got {order.dtype} of shape {tuple(order.shape)}")
+    return order.long()
+
+
 def check_order(order: Tensor) -> None:
     """Raise ValueError unless every row of an integer (…, L) tensor is a permutation of 0 to L - 1.
 
     While PyTorch traces there are no values, so only the type is looked at.
     """
-    if order.ndim == 0 or order.dtype not in _INTEGERS:
-        raise ValueError(f"an order holds integers, L a row, got {order.dtype} of shape {tuple(order.shape)}")
+    order = to_indices(order)
     if torch.compiler.is_compiling() or order.is_meta or order.numel() == 0:
         return
-    low, high = (int(value) for value in order.aminmax())
-    last = order.shape[-1] - 1
-    if low < 0 or high > last:
-        raise ValueError(f"every row of an order is a permutation of 0 to {last}, got numbers from {low} to {high}")
-    # Not by sorting: this stands before every scan.
-    seen = torch.zeros(order.shape, dtype=torch.uint8, device=order.device).scatter_(-1, order.long(), 1)
+    rule = f"every row of an order is a permutation of 0 to {order.shape[-1] - 1}"
+    # On the CPU, where an index out of range is an error like others.
+    try:
+        seen = torch.zeros(order.shape, dtype=torch.uint8).scatter_(-1, order.cpu(), 1)
+    except RuntimeError:
+        raise ValueError(f"{rule}, got numbers from {int(order.min())} to {int(order.max())}") from None
     if not seen.all():
-        raise ValueError(f"every row of an order is a permutation of 0 to {last}, got a row without "
-                         f"{int((seen == 0).nonzero()[0, -1])}")
+        raise ValueError(f"{rule}, got a row without {int((seen == 0).nonzero()[0, -1])}")
 
 
 def invert_order(order: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ def invert_order(order: Tensor) -> Tensor:
     """
     check_order(order)
     inverse = torch.empty(order.shape, dtype=torch.int64, device=order.device)
-    inverse[order.long()] = torch.arange(order.numel(), device=order.device)
+    inverse[to_indices(order)] = torch.arange(order.numel(), device=order.device)
     return inverse
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ens.ops.scan_order import check_order
+from ens.ops.scan_order import check_order, to_indices
 
 CHUNK = 64
 """Steps between the states that the forward pass keeps."""
@@ -36,7 +36,8 @@ class _ScanCall(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int64) for name in (
         "batch", "channels", "groups", "states", "length", "shared", "summed", "softplus", "decays", "per_delta",
         "threads", "lanes")),
-        ("order", ctypes.c_void_p), *((name, _ScanTensor) for name in ("u", "delta", "z", "B", "C")),
+        *((name, ctypes.c_void_p) for name in ("given_order", "order")),
+        *((name, _ScanTensor) for name in ("u", "delta", "z", "B", "C")),
         *((name, ctypes.c_void_p) for name in ("A", "D", "bias")), ("y", _ScanTensor),
         *((name, ctypes.c_void_p) for name in ("last_state", "checkpoints")),
         *((name, _ScanTensor) for name in ("dy", "du", "ddelta", "dz")),
@@ -128,12 +129,12 @@ def scan_forward(inputs: ScanInputs, *, keep: bool, lanes: int = 0) -> tuple[Ten
     batch, channels = inputs.delta.shape[0], inputs.A.shape[0]
     y = torch.empty_like(like_output(inputs))
     last = inputs.u.new_empty(batch, channels, inputs.B.shape[2])
-    checkpoints = inputs.u.new_empty(checkpoint_shape(inputs) if keep else 0)
+    # Zeros: channels that pad a group are never written, and what an operator returns must not be left to chance.
+    checkpoints = inputs.u.new_zeros(checkpoint_shape(inputs) if keep else 0)
     call = _make_call(inputs, lanes)
     call.y, call.last_state = _strided(y), last.data_ptr()
     call.checkpoints = checkpoints.data_ptr() if keep else None
-    if _library().ens_scan_forward(ctypes.byref(call)):
-        raise MemoryError(f"selective scan of {batch}×{channels} channels: no memory for scratch space")
+    _raise_for(_library().ens_scan_forward(ctypes.byref(call)), inputs)
     return y, last, checkpoints
 
 
@@ -159,8 +160,7 @@ def scan_backward(inputs: ScanInputs, checkpoints: Tensor, dy: Tensor, dlast: Te
     call.dz = _strided(dz if inputs.z is not None else None)
     call.dlast, call.checkpoints = None if dlast is None else dlast.data_ptr(), checkpoints.data_ptr()
     call.dB, call.dC, call.dA, call.dD, call.dbias = (m.data_ptr() for m in (dB, dC, dA, dD, dbias))
-    if _library().ens_scan_backward(ctypes.byref(call)):
-        raise MemoryError(f"selective scan of {batch}×{channels} channels: no memory for scratch space")
+    _raise_for(_library().ens_scan_backward(ctypes.byref(call)), inputs)
     dB, dC = (m[0] if call.splits == 1 else m.sum(0) for m in (dB, dC))
     if ddelta.shape != inputs.delta.shape:  # a row of delta serves several channels
         ddelta = torch.empty_like(inputs.delta).copy_(ddelta.unflatten(1, (inputs.delta.shape[1], -1)).sum(2))
@@ -174,9 +174,9 @@ def _library() -> ctypes.CDLL:
 
 
 def _prepare(inputs: ScanInputs) -> ScanInputs:
-    """The same inputs with contiguous A, D, delta_bias and int32 order; ValueError for what C++ must not be given.
+    """The same inputs with contiguous A, D, delta_bias and int64 order; ValueError for what C++ must not be given.
 
-    No look at values, except one pass over `order`.
+    No look at values: those of `order` are C++'s to check, in the pass that turns them into its own integers.
     """
     u, delta, A, B, C, D, z, delta_bias, order, shared, summed, _ = inputs
     if A.ndim != 2 or B.ndim != 4 or delta.ndim != 3 or 0 in (*A.shape, *B.shape, *delta.shape):
@@ -197,8 +197,7 @@ def _prepare(inputs: ScanInputs) -> ScanInputs:
         if order.shape != (groups, length) or order.device.type != "cpu" or length >= 2**31:
             raise ValueError(f"order is {(groups, length)} on the CPU and L below 2^31, got {tuple(order.shape)} on "
                              f"{order.device}")
-        check_order(order)
-        order = order.to(torch.int32).contiguous()
+        order = to_indices(order).contiguous()
     return inputs._replace(A=A.contiguous(), D=D if D is None else D.contiguous(), order=order,
                            delta_bias=delta_bias if delta_bias is None else delta_bias.contiguous())
 
@@ -210,6 +209,16 @@ def _check_tensors(wanted: Mapping[str, tuple[Tensor | None, Sequence[int]]]) ->
                                    or tensor.device.type != "cpu"):
             raise ValueError(f"{name} is float32 {tuple(shape)} on the CPU, got {tensor.dtype} {tuple(tensor.shape)} "
                              f"on {tensor.device}")
+
+
+def _raise_for(status: int, inputs: ScanInputs) -> None:
+    """Raise what a call of C++ had to say, if anything."""
+    if status == 2:
+        assert inputs.order is not None
+        check_order(inputs.order)
+    if status:
+        raise MemoryError(f"selective scan of {inputs.u.shape[0]}×{inputs.A.shape[0]} channels: no memory for scratch "
+                          "space")
 
 
 def _strided(tensor: Tensor | None) -> _ScanTensor:
@@ -233,7 +242,7 @@ def _make_call(inputs: ScanInputs, lanes: int) -> _ScanCall:
         summed=inputs.summed, decays=decays, per_delta=channels // inputs.delta.shape[1],
         softplus=inputs.delta_softplus, threads=threads, lanes=lanes, splits=max(1, min(tiles, -(-threads // units))),
         u=_strided(inputs.u), delta=_strided(inputs.delta), z=_strided(inputs.z), B=_strided(inputs.B),
-        C=_strided(inputs.C), order=_pointer(inputs.order), A=_pointer(inputs.A), D=_pointer(inputs.D),
+        C=_strided(inputs.C), given_order=_pointer(inputs.order), A=_pointer(inputs.A), D=_pointer(inputs.D),
         bias=_pointer(inputs.delta_bias))
 
 

@@ -109,10 +109,31 @@ int run_parallel(const std::vector<Unit>& units, int64_t threads, Work work) {
 
 using Kernel = void (*)(const ScanCall&, const Unit&);
 
-int dispatch(const ScanCall& call, Kernel portable, Kernel avx2, Kernel avx512) {
+// The given order in the kernel's integers; false where a row is no permutation, through which no pointer may go.
+bool read_order(const ScanCall& call, std::vector<int32_t>& order) {
+    order.resize(call.groups * call.length);
+    std::vector<char> seen;
+    for (int64_t group = 0; group < call.groups; ++group) {
+        seen.assign(call.length, 0);
+        for (int64_t i = group * call.length; i < (group + 1) * call.length; ++i) {
+            const int64_t pixel = call.given_order[i];
+            if (pixel < 0 || pixel >= call.length || seen[pixel]) return false;
+            seen[pixel] = 1;
+            order[i] = static_cast<int32_t>(pixel);
+        }
+    }
+    return true;
+}
+
+int dispatch(ScanCall call, Kernel portable, Kernel avx2, Kernel avx512) {
     const int64_t lanes = lanes_of(call);
     const Kernel kernel = lanes == 16 ? avx512 : lanes == 8 ? avx2 : portable;
     try {
+        std::vector<int32_t> order;
+        if (call.given_order) {
+            if (!read_order(call, order)) return 2;
+            call.order = order.data();
+        }
         return run_parallel(divide(call, lanes), call.threads, [&](const Unit& unit) { kernel(call, unit); });
     } catch (const std::bad_alloc&) {
         return 1;

@@ -17,7 +17,8 @@ struct ScanTensor {  // (B, channels, L) for u, delta, z, y and their gradients;
 struct ScanCall {
     int64_t batch, channels, groups, states, length, shared, summed, softplus, decays, per_delta, threads;
     int64_t lanes;         // 0: widest the machine has; 16 (AVX-512), 8 (AVX2), 4 (portable)
-    const int32_t* order;  // (G, L) pixel visited at each step, or null for 0, 1, 2, …
+    const int64_t* given_order;  // contiguous (G, L) pixel visited at each step, or null for 0, 1, 2, …
+    const int32_t* order;        // the same, known to be permutations; null from the caller
     ScanTensor u, delta, z, B, C;
     const float *A, *D, *bias;  // contiguous (D, decays), (D), (D); D and bias may be null
     // Forward output; read again by the backward pass.
@@ -35,6 +36,6 @@ struct ScanCall {
 int64_t ens_scan_call_bytes();              // size of ScanCall: whether caller and kernel speak of the same one
 int64_t ens_scan_chunk();                   // steps between checkpoints
 int64_t ens_scan_lanes();                   // widest vector this machine runs, in floats
-int ens_scan_forward(const ScanCall* call);   // 0, or 1 when memory ran out
+int ens_scan_forward(const ScanCall* call);   // 0, 1 when memory ran out, 2 for an order that is no permutation
 int ens_scan_backward(const ScanCall* call);
 }
