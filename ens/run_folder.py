@@ -98,11 +98,11 @@ class RunFolder:
         if not self.device:
             raise ConfigError("no device")
         find_objectives(study.search.objectives)
-        for location in filter(None, (study.data.validation, study.data.report)):
-            load_pairs(location, scale=self.task.scale, limit=study.data.limit)
         if self.skeleton.upscale != self.task.scale:
             raise ConfigError(f"{study.name}: the network enlarges {self.skeleton.upscale} times, the task "
                               f"{self.task.scale} times")
+        for images in (self.validation, self.report_set):  # kept for the search
+            assert images is None or images.images
         create_engine(study.search.engine, self.space, seed=study.seed)
         with torch.device("meta"):
             for spec, choice in self.jobs:

@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
     ({"teacher": "", "library": "", "network": {"name": "restromer"}}, "'restromer' is unknown; allowed: restormer"),
     ({"teacher": "nowhere.pth"}, "nowhere.pth: does not exist"),
     ({"data": {"validation": "nowhere"}}, "nowhere is not a folder"),
+    ({"data": {"report": "nowhere"}}, "nowhere is not a folder"),
+    ({"data": {"crop_px": 5000}}, r"do not fit into \d+ images: .* is 6\d\d×4\d\d"),
     ({"teacher": "", "library": "", "network": {"name": "plksr"}}, "the network enlarges 4 times, the task 1 times"),
     ({"device": "gpu"}, "device is auto, cpu, cuda or cuda:1, got 'gpu'"),
     ({"device": "meta"}, "device is auto, cpu, cuda or cuda:1, got 'meta'"),
