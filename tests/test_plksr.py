@@ -16,6 +16,8 @@ from ens.config import load_study
 from ens.data.images import Photo, read_photo, write_photo
 from ens.networks import create_network
 from ens.networks.plksr import PLKSR, infer_options
+from ens.run_folder import RunFolder
+from ens.runtime.session import open_session, restore_files
 
 GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
 TINY: dict[str, Any] = {"n_blocks": 12, "kernel_size": 13, "use_ea": False}
@@ -128,9 +130,10 @@ finetune: {steps: 2, phases: [[0, 16, 2]], taught_weight: 0.5}
 @pytest.mark.slow
 def test_the_whole_road_ends_with_a_file_that_enlarges_a_photo_of_odd_size(tmp_path: Path) -> None:
     (tmp_path / "plksr.yaml").write_text(STUDY, encoding="utf-8")
-    onnx = pipeline.run(load_study(tmp_path / "plksr.yaml"), tmp_path / "run", pick="1-1-0")
+    onnx = pipeline.run_all(RunFolder.start(load_study(tmp_path / "plksr.yaml"), tmp_path / "run"), pick="1-1-0")
     rng = np.random.default_rng(0)
     write_photo(tmp_path / "small.png", Photo(rng.integers(0, 256, (35, 41, 3), dtype=np.uint8)))
     for name, tile_px in (("whole.png", None), ("tiled.png", 24)):
-        assert not pipeline.restore(onnx, tmp_path / "small.png", tmp_path / name, tile_px=tile_px, overlap_px=8)
+        assert not restore_files(open_session(onnx), tmp_path / "small.png", tmp_path / name, tile_px=tile_px,
+                                 overlap_px=8)
         assert read_photo(tmp_path / name).pixels.shape == (140, 164, 3)

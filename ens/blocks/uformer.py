@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 
@@ -94,9 +93,7 @@ class UformerBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        # While a graph is exported, sides that are known to fit must not become padding by an expression in symbols.
-        fits = statically_known_true(height % self.window == 0) and statically_known_true(width % self.window == 0)
-        if fits:
+        if all(_is_known(side % self.window == 0) for side in (height, width)):
             return self._attend_padded(x)
         x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))
         return self._attend_padded(x)[:, :height, :width]
@@ -121,6 +118,15 @@ class UformerBlock(nn.Module):
             regions.append((at >= side - self.window).int() + (at >= side - self.offset).int())
         region = split_windows((3 * regions[0][:, None] + regions[1])[None, ..., None], self.window)[..., 0]
         return (region[:, None] != region[:, :, None]).to(x.dtype) * -100.0
+
+
+def _is_known(fits: bool) -> bool:
+    """While a graph is exported, sides that are known to fit must not become padding by an expression in symbols."""
+    if isinstance(fits, bool):
+        return fits
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings sympy, a third of a second
+
+    return statically_known_true(fits)
 
 
 def split_windows(x: Tensor, window: int) -> Tensor:

@@ -265,7 +265,9 @@ def _load(storage: str | Path, *, name: str, num_objectives: int | None) -> tupl
     url = storage_url(storage)
     try:
         if num_objectives is None:
-            study = optuna.load_study(study_name=name, storage=url)
+            # Optuna's check of its schema brings alembic, a quarter of a second; whoever opens to write has it.
+            reading = optuna.storages.RDBStorage(url, skip_compatibility_check=True)
+            study = optuna.load_study(study_name=name, storage=reading)
         else:
             study = optuna.create_study(study_name=name, storage=url, load_if_exists=True,
                                         directions=["minimize"] * num_objectives)
