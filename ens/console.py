@@ -87,7 +87,8 @@ def print_front(folder: RunFolder, front: Front) -> None:
     headers, rows = front_rows(front, short=True)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     for index, header in enumerate(headers):
-        table.add_column(header, justify="left" if index < 2 else "right", no_wrap=index == 1)
+        width = max(len(row[index]) for row in rows)  # a value is never broken, its header may be
+        table.add_column(header, justify="left" if index < 2 else "right", min_width=width)
     for index, row in enumerate(rows):
         table.add_row(*row, style="bold" if index == front.knee else None)
     show(table)

@@ -47,22 +47,26 @@ def tuned_drop_db(member: Measurement, front: Front) -> float | None:
 
 
 def front_rows(front: Front, *, short: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Headers and one row of texts a member: role, genotype, objectives, what else was measured (not if `short`), PSNR.
+    """Headers and one row of texts a member: role, genotype, objectives, what else was measured, PSNR.
 
-    The drop stands with its standard error, `0.123 ± 0.011`; the marks are those that `front_notes` explains.
+    The drop stands with its standard error, `0.123 ± 0.011`; the marks are those that `front_notes` explains. `short`
+    fits 80 columns: one other cost, and no PSNR where the drop says it.
     """
-    names = [*front.objectives, *(objective.name for objective in known_objectives(front.members)
-                                  if objective.name not in front.objectives and not short)]
-    tuned = any(member.psnr_db_tuned for member in front.members)
-    headers = ["", "genotype", *(OBJECTIVES[name].label for name in names), "PSNR (dB) before fine-tuning",
-               *(["PSNR (dB) fine-tuned"] if tuned else [])]
+    others = [one.name for one in known_objectives(front.members) if one.name not in front.objectives]
+    names = [*front.objectives, *(others[-2:-1] or others if short else others)]
+    columns = {"PSNR (dB) before fine-tuning": [_mean_text(member.psnr_db) for member in front.members],
+               "PSNR (dB) fine-tuned": [_mean_text(member.psnr_db_tuned) for member in front.members]}
+    if not any(member.psnr_db_tuned for member in front.members):
+        del columns["PSNR (dB) fine-tuned"]
+    if short and "psnr_drop_db" in names:
+        columns = {}
+    headers = ["", "genotype", *(OBJECTIVES[name].label for name in names), *columns]
     rows = []
     for index, member in enumerate(front.members):
-        psnr_db = [_mean_text(member.psnr_db), *([_mean_text(member.psnr_db_tuned)] if tuned else [])]
-        if front.below_input(index):
-            psnr_db[-1 if member.psnr_db_tuned else 0] += f" {WORSE}"
-        rows.append([front.role(index), format_genotype(member.genotype),
-                     *(_value_text(front, index, name) for name in names), *psnr_db])
+        worse = f" {WORSE}" if front.below_input(index) else ""
+        rows.append([front.role(index), format_genotype(member.genotype) + worse,
+                     *(_value_text(front, index, name) for name in names),
+                     *(texts[index] for texts in columns.values())])
     return headers, rows
 
 
