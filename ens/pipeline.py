@@ -137,8 +137,8 @@ def _tune(run: RunFolder, genotype: Genotype, path: Path, control: Control) -> N
     if figures["psnr_db_input"] and fmean(figures["psnr_db_after"]) < fmean(figures["psnr_db_input"]):
         control.say(f"finetune: warning, {path.stem} restores to {facts['psnr_db_after']} dB, below the degraded "
                     f"input's {facts['psnr_db_input']} dB")
+    run.record_tuned(genotype, figures)  # before the file: whoever finds the file takes the archive's word for it
     save_hybrid(path, hybrid, choices=run.space.replaced(genotype), facts=facts)
-    run.record_tuned(genotype, figures)
     remove_state(state)
 
 

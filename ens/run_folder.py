@@ -95,14 +95,12 @@ class RunFolder:
         from ens.search import create_engine  # brings pymoo, half a second
 
         study = self.study
-        if not self.device:
-            raise ConfigError("no device")
+        for name in ("device", "task", "validation", "report_set"):
+            getattr(self, name)  # opening is the check; what is opened is kept
         find_objectives(study.search.objectives)
         if self.skeleton.upscale != self.task.scale:
             raise ConfigError(f"{study.name}: the network enlarges {self.skeleton.upscale} times, the task "
                               f"{self.task.scale} times")
-        for images in (self.validation, self.report_set):  # kept for the search
-            assert images is None or images.images
         create_engine(study.search.engine, self.space, seed=study.seed)
         with torch.device("meta"):
             for spec, choice in self.jobs:
@@ -222,8 +220,9 @@ class RunFolder:
 
     def _load_images(self, location: str) -> ValidationSet:
         data = self.study.data
-        return load_validation_set(location, self.task, channels=self.skeleton.in_channels, crop_px=data.crop_px,
-                                   limit=data.limit, crops_per_image=data.crops_per_image)
+        images = load_validation_set(location, self.task, channels=self.skeleton.in_channels, crop_px=data.crop_px,
+                                     limit=data.limit, crops_per_image=data.crops_per_image)
+        return images.sorted_by_content()
 
     @cached_property
     def judge(self) -> Judge:
@@ -341,6 +340,7 @@ class RunFolder:
         """What a hybrid's file says of itself, with the means of `figures` in dB."""
         return {"study": self.study.name, "genotype": format_genotype(genotype), "task": str(self.task),
                 "protocol": self.protocol.name, "validation": str(self.validation.fingerprint),
+                **({"report": str(self.report_set.fingerprint)} if self.report_set else {}),
                 "teacher_sha256": self.library.teacher_sha256, "library_sha256": self.library.hash_of(self.space),
                 **{slot.name: choice.label for slot, choice in
                    zip(self.space.slots, self.space.choices(genotype), strict=True)},

@@ -190,6 +190,34 @@ def test_candidates_near_the_pick_are_tuned_and_validation_chooses(
     assert measured[best].values["psnr_drop_db"] == pytest.approx(untuned, abs=1e-9)  # training-free
 
 
+def test_a_kill_before_a_tuned_file_is_written_leaves_nothing_that_passes_for_done(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is what later runs skip by: it comes last, so an export never overlooks weights that are there."""
+    _, out, onnx = finished
+    run = copied(out, tmp_path, {"finetune": {"steps": 4}})
+    genotype = run.pick(onnx.stem)
+    path = run.hybrids.tuned(genotype, run.recipe(run.study.finetune).key)
+
+    def killed(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+    for place in ("ens.pipeline.save_hybrid", "ens.run_folder.record_tuned"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, killed)
+            pipeline.finetune(run, onnx.stem)
+        assert not path.exists(), place
+    again = copied(out, tmp_path, {"finetune": {"steps": 4}})
+    pipeline.finetune(again, onnx.stem)
+    assert path.exists() and again.recipe(again.study.finetune).key in {
+        result.recipe for result in again.archive.tuned_by_recipe[genotype]}
+
+
+def test_figures_name_the_report_images_they_are_of(finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, onnx = finished
+    report = RunFolder.reopen(out).report_set
+    assert report is not None
+    assert read_facts(onnx.with_suffix(".safetensors"))["report"] == str(report.fingerprint)
+
+
 def test_fine_tuning_that_hurts_keeps_the_weights_it_started_with(
         tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
     _, out, onnx = finished

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ens import pipeline
 from ens.config import ConfigError, load_study
+from ens.data.images import Photo, write_photo
 from ens.pareto.archive import ArchiveMismatch
 from ens.run_folder import RunFolder
 from ens.runtime.process import Control
@@ -91,3 +93,19 @@ def test_what_was_measured_with_another_task_is_never_mixed(tmp_path: Path) -> N
     other = load_study(demo, {**small, "task": {"name": "denoise", "sigma_255": 50}})
     with pytest.raises(ArchiveMismatch, match=r"task was .*25.* is now .*50"):
         pipeline.search(RunFolder.start(other, tmp_path / "b", storage=storage))
+
+
+def test_renamed_files_keep_their_place_among_the_images_of_a_run(tmp_path: Path) -> None:
+    """PSNRs of an archive are paired by position: a search that goes on after a renaming must find the same order."""
+    seen = []
+    for folder, names in (("a", ("1.png", "2.png", "3.png")), ("b", ("3.png", "1.png", "2.png"))):
+        (tmp_path / folder).mkdir()
+        for number, name in enumerate(names):
+            pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            write_photo(tmp_path / folder / name, Photo(pixels))
+        study = load_study(ROOT / "search_spaces" / "demo.yaml", {
+            "data": {"validation": str(tmp_path / folder), "crop_px": 64, "crops_per_image": 1}})
+        seen.append(RunFolder(tmp_path / "run", study).validation)
+    assert seen[0].fingerprint == seen[1].fingerprint
+    assert all(torch.equal(one.degraded, other.degraded)
+               for one, other in zip(seen[0].images, seen[1].images, strict=True))
