@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from ens.data.degradations import resize_bicubic
 from ens.data.images import (
     ImageError,
     Photo,
@@ -21,15 +21,20 @@ from ens.data.images import (
     to_pixels,
     write_photo,
 )
+from ens.export.failures import first_line, translating
 from ens.export.formats import FORMATS
 from ens.export.hybrid import open_network, read_facts
 from ens.networks.checkpoints import reject_impostors
-from ens.runtime.tiling import Restore, restore_padded, restore_within_memory
+from ens.runtime.tiling import Restore, fit_tiles, restore_padded, restore_within_memory
 from ens.space import BUILTIN
 
 
 class SessionError(ValueError):
     """A file that cannot be opened for restoring; the message names the file and the reason."""
+
+
+_STRIP_PX = 64
+"""Rows that are rounded to integers at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,9 @@ class Session:
 
     def restore(self, image: Tensor) -> Tensor:
         """(B, channels, H, W) float32 in [0, 1], any H and W -> (B, channels, H·upscale, W·upscale)."""
-        parts = [restore_padded(self.run, part, size_multiple=self.size_multiple, upscale=self.upscale)
-                 for part in image.split(1)]
-        return torch.cat(parts)
+        with translating():
+            return torch.cat([restore_padded(self.run, part, size_multiple=self.size_multiple, upscale=self.upscale)
+                              for part in image.split(1)])
 
 
 def open_session(path: str | Path, *, threads: int | None = None) -> Session:
@@ -71,12 +76,12 @@ def open_session(path: str | Path, *, threads: int | None = None) -> Session:
 def _open_exported(path: Path, threads: int | None) -> Session:
     reject_impostors(path)
     try:
-        opened = FORMATS[path.suffix.lower()].open(path, threads)
-    except MemoryError:
+        with translating():
+            opened = FORMATS[path.suffix.lower()].open(path, threads)
+    except (MemoryError, OSError):
         raise
-    except Exception as error:  # runtimes' errors share no public class
-        reason = str(error).split("\n")[0]
-        raise SessionError(f"{path}: is damaged or is not an {path.suffix} file ({reason})") from None
+    except Exception as error:  # whatever it is, it is in the file
+        raise SessionError(f"{path}: is damaged or is not an {path.suffix} file ({first_line(error)})") from None
     facts = dict(opened.metadata)
     try:
         size_multiple, upscale, channels = (int(facts.pop(key)) for key in ("size_multiple", "upscale", "channels"))
@@ -103,38 +108,52 @@ _OPENERS: dict[str, Callable[[Path, int | None], Session]] = {
     **dict.fromkeys((".safetensors", ".pth", ".pt", ".ckpt"), _open_weights)}
 
 
-def restore_photo(session: Session, photo: Photo, *, tile_px: int | None = None, overlap_px: int = 32,
+def restore_photo(session: Session, photo: Photo, *, tile_px: int | None = None, overlap_px: int | None = None,
                   on_event: Callable[[str], None] | None = None) -> Photo:
-    """Restore at the photo's own bit depth. A colour network gets a gray photo as three equal channels, a gray
-    network each colour alone; gray comes back gray. Alpha is carried over (resized where the network upscales).
+    """Restore at the photo's own bit depth, in one piece or in tiles (`fit_tiles`). A colour network gets a gray photo
+    as three equal channels, a gray network each colour alone; gray comes back gray. Alpha is carried over (resized
+    where the network upscales).
 
-    Raises ValueError for a network that takes neither one nor three channels.
+    Beside the pixels of the photo and of the result, memory is taken for one row of tiles. Raises ValueError for a
+    network that takes neither one nor three channels, MemoryError where the smallest tile is too much.
     """
     if session.channels not in (1, 3):
         raise ValueError(f"the network takes {session.channels} channels; photos have 1 or 3")
-    image = torch.from_numpy(np.ascontiguousarray(to_float(photo.pixels).transpose(2, 0, 1)))
-    channels = image.shape[0]
-    batch = image[:, None] if session.channels == 1 else image.expand(3, -1, -1)[None]
-    parts = [restore_within_memory(session.run, part, tile_px=tile_px, overlap_px=overlap_px, on_event=on_event,
-                                   size_multiple=session.size_multiple, upscale=session.upscale)
-             for part in batch.split(1)]
-    restored = torch.cat(parts).flatten(0, 1)
-    if channels == 1:
-        restored = restored.mean(0, keepdim=True)
-    pixels = to_pixels(restored.numpy().transpose(1, 2, 0), photo.pixels.dtype.type)
-    return Photo(pixels, _carry_alpha(photo, session.upscale))
+    tiles = None if tile_px is None else fit_tiles(tile_px, overlap_px=overlap_px, size_multiple=session.size_multiple)
+    height, width, channels = photo.pixels.shape
+    dtype = photo.pixels.dtype
+    restored = np.empty((height * session.upscale, width * session.upscale, channels), dtype)
+
+    def read(rows: Tensor, columns: Tensor) -> Tensor:
+        pixels = photo.pixels[np.ix_(rows.numpy(), columns.numpy())]
+        return torch.from_numpy(np.ascontiguousarray(to_float(pixels).transpose(2, 0, 1)))[None]
+
+    def run(image: Tensor) -> Tensor:
+        if session.channels == 1:
+            return torch.cat([session.run(colour) for colour in image.split(1, 1)], 1)
+        return session.run(image.expand(-1, 3, -1, -1))
+
+    def write(top: int, rows: Tensor) -> None:
+        if channels == 1:
+            rows = rows.mean(1, keepdim=True)
+        for first in range(0, rows.shape[-2], _STRIP_PX):
+            strip = to_pixels(rows[0, :, first:first + _STRIP_PX].numpy().transpose(1, 2, 0), dtype.type)
+            restored[top + first:top + first + len(strip)] = strip
+
+    restore_within_memory(run, read, write, height=height, width=width, tiles=tiles, on_event=on_event,
+                          size_multiple=session.size_multiple, upscale=session.upscale)
+    return replace(photo, pixels=restored, alpha=_carry_alpha(photo, session.upscale))
 
 
 def _carry_alpha(photo: Photo, upscale: int) -> Pixels | None:
     if photo.alpha is None or upscale == 1:
         return photo.alpha
-    height, width = photo.alpha.shape
-    resized = resize_bicubic(to_float(photo.alpha)[..., None], height=height * upscale, width=width * upscale)
-    return to_pixels(resized, photo.alpha.dtype.type)[..., 0]
+    return np.asarray(cv2.resize(photo.alpha, None, fx=upscale, fy=upscale, interpolation=cv2.INTER_CUBIC),
+                      photo.alpha.dtype)
 
 
 def restore_files(session: Session, source: str | Path, target: str | Path, *, tile_px: int | None = None,
-                  overlap_px: int = 32, on_event: Callable[[str], None] | None = None,
+                  overlap_px: int | None = None, on_event: Callable[[str], None] | None = None,
                   on_progress: Callable[[int, int, str], None] | None = None) -> list[ImageError]:
     """Restore an image file, or every image of a folder into another under the same names; return the failures.
 
@@ -149,6 +168,11 @@ def restore_files(session: Session, source: str | Path, target: str | Path, *, t
         raise ValueError(f"{source} would be overwritten; give another target than {target}")
     into_folder = source.is_dir() or target.is_dir()
     (target if into_folder else target.parent).mkdir(parents=True, exist_ok=True)
+    if tile_px is not None:
+        tiles = fit_tiles(tile_px, overlap_px=overlap_px, size_multiple=session.size_multiple)
+        if on_event is not None and tiles.tile_px > tile_px:
+            on_event(f"tiles of {tiles.tile_px} px instead of {tile_px}: they start at multiples of "
+                     f"{tiles.size_multiple} px and overlap by {tiles.overlap_px}")
     failures = []
     for index, path in enumerate(paths):
         try:
