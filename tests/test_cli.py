@@ -17,7 +17,8 @@ from ens.config import StudyConfig, TrainConfig
 from ens.networks import create_network
 from ens.networks.checkpoints import save_checkpoint
 from ens.run_folder import RunFolder
-from ens.runtime.process import Control, Interrupted, Stop, is_disk_error
+from ens.runtime.process import Control, Interrupted, Stop
+from ens.shortage import is_disk_error
 
 
 @pytest.fixture
