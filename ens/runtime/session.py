@@ -15,8 +15,12 @@ from ens.data.images import (
     ImageError,
     Photo,
     Pixels,
+    check_writable,
     list_images,
+    list_skipped,
+    name_output,
     read_photo,
+    show_name,
     to_float,
     to_pixels,
     write_photo,
@@ -25,7 +29,8 @@ from ens.export.failures import first_line, translating
 from ens.export.formats import FORMATS
 from ens.export.hybrid import open_network, read_facts
 from ens.networks.checkpoints import reject_impostors
-from ens.runtime.tiling import Restore, fit_tiles, restore_padded, restore_within_memory
+from ens.runtime.tiling import Restore, Tiles, fit_tiles, restore_padded, restore_within_memory
+from ens.shortage import is_memory_error
 from ens.space import BUILTIN
 
 
@@ -112,16 +117,19 @@ def restore_photo(session: Session, photo: Photo, *, tile_px: int | None = None,
                   on_event: Callable[[str], None] | None = None) -> Photo:
     """Restore at the photo's own bit depth, in one piece or in tiles (`fit_tiles`). A colour network gets a gray photo
     as three equal channels, a gray network each colour alone; gray comes back gray. Alpha is carried over (resized
-    where the network upscales).
+    where the network upscales), and so are the metadata.
 
     Beside the pixels of the photo and of the result, memory is taken for one row of tiles. Raises ValueError for a
     network that takes neither one nor three channels, MemoryError where the smallest tile is too much.
     """
+    tiles = None if tile_px is None else fit_tiles(tile_px, overlap_px=overlap_px, size_multiple=session.size_multiple)
+    return _restore(session, photo, tiles, on_event or (lambda line: None))
+
+
+def _restore(session: Session, photo: Photo, tiles: Tiles | None, say: Callable[[str], None]) -> Photo:
     if session.channels not in (1, 3):
         raise ValueError(f"the network takes {session.channels} channels; photos have 1 or 3")
-    tiles = None if tile_px is None else fit_tiles(tile_px, overlap_px=overlap_px, size_multiple=session.size_multiple)
-    height, width, channels = photo.pixels.shape
-    dtype = photo.pixels.dtype
+    (height, width, channels), dtype = photo.pixels.shape, photo.pixels.dtype
     restored = np.empty((height * session.upscale, width * session.upscale, channels), dtype)
 
     def read(rows: Tensor, columns: Tensor) -> Tensor:
@@ -140,7 +148,7 @@ def restore_photo(session: Session, photo: Photo, *, tile_px: int | None = None,
             strip = to_pixels(rows[0, :, first:first + _STRIP_PX].numpy().transpose(1, 2, 0), dtype.type)
             restored[top + first:top + first + len(strip)] = strip
 
-    restore_within_memory(run, read, write, height=height, width=width, tiles=tiles, on_event=on_event,
+    restore_within_memory(run, read, write, height=height, width=width, tiles=tiles, on_event=say,
                           size_multiple=session.size_multiple, upscale=session.upscale)
     return replace(photo, pixels=restored, alpha=_carry_alpha(photo, session.upscale))
 
@@ -157,31 +165,49 @@ def restore_files(session: Session, source: str | Path, target: str | Path, *, t
                   on_progress: Callable[[int, int, str], None] | None = None) -> list[ImageError]:
     """Restore an image file, or every image of a folder into another under the same names; return the failures.
 
-    A failed image leaves no output and the rest go on. `on_progress` gets (done, total, name). Raises ValueError when
-    a source would be overwritten, FileNotFoundError or ValueError for a folder that is absent or without images.
+    A failed image leaves no output and the rest go on. `on_event` gets a line for what is passed over, not kept or
+    done otherwise than asked, `on_progress` (done, total, name). Raises ValueError for tiles that cannot be or when a
+    source would be overwritten, FileNotFoundError or ValueError for a folder that is absent or without images, OSError
+    where the disk is full.
     """
-    source, target = Path(source), Path(target)
+    source, target, say = Path(source), Path(target), on_event or (lambda line: None)
     paths = list_images(source) if source.is_dir() else [source]
+    _check_target(source, target, paths)
+    tiles = None if tile_px is None else fit_tiles(tile_px, overlap_px=overlap_px, size_multiple=session.size_multiple)
+    if tiles is not None and tiles.tile_px > (tile_px or 0):
+        say(f"tiles of {tiles.tile_px} px instead of {tile_px}: they start at multiples of {tiles.size_multiple} px "
+            f"and overlap by {tiles.overlap_px}")
+    if source.is_dir() and (skipped := list_skipped(source)):
+        say(f"restore: passed over {', '.join(skipped)}")
+    into_folder = source.is_dir() or target.is_dir()
+    (target if into_folder else target.parent).mkdir(parents=True, exist_ok=True)
+    failures = []
+    for index, path in enumerate(paths):
+        try:
+            _restore_file(session, path, target / name_output(path) if into_folder else target, tiles, say)
+        except (ImageError, MemoryError, RuntimeError, ValueError) as error:
+            failures.append(_name_failure(path, error))
+        if on_progress is not None:
+            on_progress(index + 1, len(paths), path.name)
+    return failures
+
+
+def _check_target(source: Path, target: Path, paths: list[Path]) -> None:
     if source.is_dir() and target.is_file():
         raise ValueError(f"{source} is a folder, so the target is one too; {target} is a file")
     if target.resolve() in (source.resolve(), paths[0].parent.resolve()):
         raise ValueError(f"{source} would be overwritten; give another target than {target}")
-    into_folder = source.is_dir() or target.is_dir()
-    (target if into_folder else target.parent).mkdir(parents=True, exist_ok=True)
-    if tile_px is not None:
-        tiles = fit_tiles(tile_px, overlap_px=overlap_px, size_multiple=session.size_multiple)
-        if on_event is not None and tiles.tile_px > tile_px:
-            on_event(f"tiles of {tiles.tile_px} px instead of {tile_px}: they start at multiples of "
-                     f"{tiles.size_multiple} px and overlap by {tiles.overlap_px}")
-    failures = []
-    for index, path in enumerate(paths):
-        try:
-            photo = restore_photo(session, read_photo(path), tile_px=tile_px, overlap_px=overlap_px, on_event=on_event)
-            write_photo(target / path.name if into_folder else target, photo)
-        except ImageError as error:
-            failures.append(error)
-        except (MemoryError, RuntimeError, ValueError) as error:
-            failures.append(ImageError(path, str(error)))
-        if on_progress is not None:
-            on_progress(index + 1, len(paths), path.name)
-    return failures
+
+
+def _restore_file(session: Session, path: Path, target: Path, tiles: Tiles | None, say: Callable[[str], None]) -> None:
+    photo = read_photo(path)
+    check_writable(target, photo, upscale=session.upscale)
+    photo = _restore(session, photo, tiles, say)  # frees the pixels that were read before the new ones are encoded
+    if lost := (*photo.metadata.lost, *write_photo(target, photo)):
+        say(f"{show_name(path.name)}: not kept: {', '.join(lost)}")
+
+
+def _name_failure(path: Path, error: Exception) -> ImageError:
+    if is_memory_error(error):
+        return ImageError(path, f"memory ran out ({first_line(error)})")
+    return error if isinstance(error, ImageError) else ImageError(path, str(error))
