@@ -10,6 +10,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -95,12 +96,51 @@ def test_sixteen_bit_tiff_in_planes_or_inverted_is_not_misread(tmp_path: Path) -
     np.testing.assert_array_equal(read_photo(tmp_path / "white.tif").pixels[..., 0], 65535 - samples[0])
 
 
+def test_premultiplied_colours_of_sixteen_bits_are_divided_by_alpha(tmp_path: Path) -> None:
+    straight, alpha = deep(9, 7, 3), RNG.integers(1000, 65536, (9, 7, 1), np.uint16)
+    stored = np.rint(straight.astype(np.float64) * alpha / 65535).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", np.dstack([stored, alpha]), photometric="rgb", extrasamples=["assocalpha"],
+                     metadata=None)
+    photo = read_photo(tmp_path / "a.tif")
+    assert np.abs(photo.pixels.astype(int) - straight).max() <= 65535 / 1000
+    np.testing.assert_array_equal(photo.alpha, alpha[..., 0])
+
+
+def test_avif_of_more_than_eight_bits_says_what_is_lost(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), (9, 99, 199)).save(tmp_path / "a.avif")
+    assert read_photo(tmp_path / "a.avif").metadata.lost == ()
+    data = cv2.imencode(".avif", np.full((16, 16, 3), 700, np.uint16), [cv2.IMWRITE_AVIF_DEPTH, 10])[1]
+    (tmp_path / "deep.avif").write_bytes(data.tobytes())
+    assert read_photo(tmp_path / "deep.avif").metadata.lost == ("the bits beyond 8",)
+
+
 def test_text_of_megabytes_in_a_sound_png_is_no_fault(tmp_path: Path) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("workflow", "node " * 600_000, zip=True)
     pixels = RNG.integers(0, 256, (9, 9, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "big.png", pnginfo=info)
     np.testing.assert_array_equal(read_photo(tmp_path / "big.png").pixels, pixels)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_chunk_that_claims_gigabytes_costs_no_memory(tmp_path: Path) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(data, "PNG")
+    png = bytearray(data.getvalue())
+    place = png.index(b"IDAT")
+    png[place - 4:place] = b"\xff\xff\xff\x00"
+    (tmp_path / "a.png").write_bytes(png)
+    code = f"""if True:
+        import resource
+        from ens.data.images import ImageError, read_photo
+        resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+        try:
+            read_photo({str(tmp_path / "a.png")!r})
+        except ImageError:
+            print("refused")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout in ("", "refused\n")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes in the file system")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import struct
+import subprocess
+import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,21 +32,21 @@ def make_exif(orientation: int) -> Image.Exif:
     return exif
 
 
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def write_source(path: Path, pixels: Pixels) -> None:
     """A file of another writer, with everything that is to be kept; it lies on its side (orientation 6)."""
     if pixels.dtype == np.uint16:
-        ok, data = cv2.imencodeWithMetadata(".png", pixels[..., ::-1], [cv2.IMAGE_METADATA_EXIF,
-                                            cv2.IMAGE_METADATA_XMP, cv2.IMAGE_METADATA_ICCP],
-                                            [np.frombuffer(part, np.uint8)[None]
-                                             for part in (make_exif(6).tobytes()[6:], XMP, PROFILE)])
-        assert ok
-        path.write_bytes(data.tobytes())
+        png = cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()
+        path.write_bytes(png[:33] + chunk(b"iCCP", b"a\0\0" + zlib.compress(PROFILE))
+                         + chunk(b"eXIf", make_exif(6).tobytes()[6:])
+                         + chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP) + png[33:])
     elif path.suffix == ".png":
         info = PngImagePlugin.PngInfo()
         info.add_itxt("XML:com.adobe.xmp", XMP.decode())
         Image.fromarray(pixels).save(path, exif=make_exif(6), icc_profile=PROFILE, pnginfo=info)
-    elif path.suffix == ".tif":
-        Image.fromarray(pixels).save(path, exif=make_exif(6), icc_profile=PROFILE, tiffinfo={**make_exif(6), 700: XMP})
     else:
         Image.fromarray(pixels).save(path, exif=make_exif(6), icc_profile=PROFILE, xmp=XMP, quality=95)
 
@@ -158,3 +162,31 @@ def test_bands_join_without_a_seam_in_other_readers(tmp_path: Path, monkeypatch:
 def test_outputs_of_a_folder_have_names_of_their_own() -> None:
     assert [name_output(name) for name in ("a/x.JPG", "x.jfif", "x.gif", "x.avif", "x.png")] == [
         "x.JPG", "x.jfif", "x.gif.png", "x.avif.png", "x.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "deep.png", "deep.tif"])
+def test_reading_and_writing_hold_at_most_three_times_the_decoded_pixels(tmp_path: Path, name: str) -> None:
+    ramp = np.broadcast_to(np.arange(5000, dtype=np.uint16)[None, :, None] * 13, (3000, 5000, 3))
+    noise = RNG.integers(0, 16, (3000, 5000, 1), np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_photo(tmp_path / name, Photo(ramp + noise if "deep" in name else (ramp >> 8).astype(np.uint8) + noise.astype(
+        np.uint8), metadata=Metadata(exif=exif.tobytes()[6:])))
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from ens.data.images import read_photo, write_photo
+        def kilobytes(key):
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
+            return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(key))
+        before = kilobytes("VmRSS")
+        photo = read_photo(sys.argv[1])
+        assert photo.pixels.shape == (5000, 3000, 3)
+        write_photo(sys.argv[2], photo)
+        print(1024 * (kilobytes("VmHWM") - before) / photo.pixels.nbytes)
+    """
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / name, tmp_path / f"b{name}"], capture_output=True,
+                          text=True, check=True, timeout=120)
+    assert float(done.stdout) < 3

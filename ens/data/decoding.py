@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import stat
 import struct
@@ -28,11 +30,14 @@ _ORIENTATION = 0x0112
 # TIFF tags that say how pixels lie in the file, or hold what is carried over elsewhere.
 _LAYOUT_TAGS = (254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 318, 319, 320, 322, 323, 324, 325,
                 330, 338, 339, 347, 529, 530, 531, 532, 700, 34675, _ORIENTATION)
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _TIFF_SAMPLE_FORMAT = 258, 262, 284, 339
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _TIFF_EXTRA_SAMPLES, _TIFF_SAMPLE_FORMAT = 258, 262, 284, 338, 339
+_HEADER_BYTES = 4096
 FAULTS = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, AssertionError,
            AttributeError, RuntimeError, SystemError, struct.error, zlib.error, cv2.error)
 # A sound PNG may hold megabytes of text, as image generators write; Pillow's bound on all text together stays.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# What is wrong with a file is raised; OpenCV would print it as well.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def read_photo(path: str | Path) -> Photo:
@@ -44,7 +49,7 @@ def read_photo(path: str | Path) -> Photo:
     path = Path(path)
     try:
         _check_regular(path)
-        with path.open("rb") as file:
+        with _BoundedReader(io.FileIO(path)) as file:
             return _decode(path, file)
     except ImageError:
         raise
@@ -56,6 +61,14 @@ def read_photo(path: str | Path) -> Photo:
         if isinstance(error, OSError) and error.errno:
             raise ImageError(path, f"cannot be read ({error.strerror})") from None
         raise ImageError(path, f"is corrupt or truncated ({error})") from None
+
+
+class _BoundedReader(io.BufferedReader):
+    """Allocates no more than the file holds, however long a damaged chunk claims to be."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most `size` bytes, or all that is left."""
+        return super().read(min(size, os.fstat(self.fileno()).st_size) if size else size)
 
 
 def _check_regular(path: Path) -> None:
@@ -84,10 +97,10 @@ def _explain_unknown(path: Path) -> str:
 
 
 def _decode(path: Path, file: IO[bytes]) -> Photo:
-    header = file.read(26)
+    header = file.read(_HEADER_BYTES)
     # Ignored: damaged metadata of pixels that can be read; photos above 89 megapixels.
     with warnings.catch_warnings(action="ignore"), Image.open(file, formats=_FORMATS) as image:
-        lost = _name_other_frames(image)
+        lost = (*_name_other_frames(image), *_name_lost_bits(header))
         # Pillow notices truncated files, which OpenCV decodes half gray without a word; OpenCV keeps 16 bits.
         image.load()
         if image.format == "PNG":
@@ -114,6 +127,12 @@ def _name_other_frames(image: Image.Image) -> tuple[str, ...]:
     except FAULTS:
         return ("further frames, which are damaged",)
     return (f"frames 2 to {count}" if count > 2 else "frame 2",) if count > 1 else ()
+
+
+def _name_lost_bits(header: bytes) -> tuple[str, ...]:
+    """AVIF of 10 and 12 bits comes as 8: the flag `high_bitdepth` of its configuration (AV1 in ISOBMFF, 2.3.3)."""
+    place = header.find(b"av1C")
+    return ("the bits beyond 8",) if 0 <= place < len(header) - 6 and header[place + 6] & 0x40 else ()
 
 
 def _copy_eight_bit(path: Path, image: Image.Image, *, gray: bool) -> tuple[Pixels, Pixels | None]:
@@ -149,9 +168,18 @@ def _decode_sixteen_bit(path: Path, image: Image.Image, *, gray: bool) -> tuple[
     pixels = np.ascontiguousarray(samples[..., :1] if gray else samples[..., 2::-1])
     if tags.get(_TIFF_PHOTOMETRIC) == 0:
         np.invert(pixels, out=pixels)
+    if alpha is not None and tags.get(_TIFF_EXTRA_SAMPLES) == (1,):
+        _divide_by_alpha(pixels, alpha)
     if alpha is None and transparent is not None:
         alpha = np.where((pixels == np.asarray(transparent)).all(2), 0, 65535).astype(np.uint16)
     return pixels, alpha
+
+
+def _divide_by_alpha(pixels: Pixels, alpha: Pixels) -> None:
+    """Undo, in place, the premultiplication of 16-bit samples: transparent black in the file becomes black."""
+    for row, row_alpha in zip(pixels, alpha, strict=True):
+        opaque = np.maximum(row_alpha, 1).astype(np.uint32)[:, None]
+        row[:] = np.minimum((row.astype(np.uint32) * 65535 + opaque // 2) // opaque, 65535)
 
 
 _ORIENT = {
