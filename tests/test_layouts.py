@@ -139,3 +139,13 @@ def test_further_frames_of_a_data_set_are_said(tmp_path: Path) -> None:
     frame = Image.new("RGB", (64, 64))
     frame.save(tmp_path / "a.tif", save_all=True, append_images=[frame, frame])
     assert "not used: a: frames 2 to 3" in load_validation_set(tmp_path, create_task("denoise")).origin
+
+
+def test_a_crop_larger_than_an_image_is_refused_with_its_name(tmp_path: Path) -> None:
+    save(tmp_path / "large.png", side=80)
+    save(tmp_path / "small.png", side=68)
+    task = create_task("denoise")
+    # 70 is cut as 64, which would fit: what was asked for does not.
+    with pytest.raises(DataError, match=r"crops of 70 px do not fit into 1 images: small is 68×68"):
+        load_validation_set(tmp_path, task, crop_px=70)
+    assert {image.clean.shape for image in load_validation_set(tmp_path, task, crop_px=68).images} == {(3, 64, 64)}

@@ -165,7 +165,7 @@ def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, cr
     if crop_px is not None:
         if crop_px < 8 * task.scale:
             raise ValueError(f"crop_px is at least {8 * task.scale}, got {crop_px}")
-        pairs = _crop_all(pairs, crop_px // (8 * task.scale) * 8 * task.scale, task.scale, crops_per_image)
+        pairs = _crop_all(pairs, crop_px, task.scale, crops_per_image)
     images = tuple(_degrade_whole(pair, task) for pair in pairs)
     pixels = [np.concatenate([image.clean.numpy().ravel(), image.degraded.numpy().ravel()]) for image in images]
     paired = any(pair.degraded is not None for pair in pairs)
@@ -173,11 +173,12 @@ def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, cr
                                                     seeding="" if paired else task.seeding), origin)
 
 
-def _crop_all(pairs: Sequence[Pair], side: int, scale: int, count: int) -> list[Pair]:
+def _crop_all(pairs: Sequence[Pair], crop_px: int, scale: int, count: int) -> list[Pair]:
     small = [f"{pair.name} is {pair.clean.shape[1]}×{pair.clean.shape[0]}" for pair in pairs
-             if min(pair.clean.shape[:2]) < side]
+             if min(pair.clean.shape[:2]) < crop_px]
     if small:
-        raise DataError(f"crops of {side} px do not fit into {len(small)} images{format_offenders(small)}")
+        raise DataError(f"crops of {crop_px} px do not fit into {len(small)} images{format_offenders(small)}")
+    side = crop_px // (8 * scale) * 8 * scale
     return [crop for pair in pairs for crop in _crop_grid(pair, side, scale, count)]
 
 
