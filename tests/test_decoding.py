@@ -106,6 +106,33 @@ def test_premultiplied_colours_of_sixteen_bits_are_divided_by_alpha(tmp_path: Pa
     np.testing.assert_array_equal(photo.alpha, alpha[..., 0])
 
 
+@pytest.mark.parametrize(("gamma", "lost"), [(45455, ()), (100_000, ("the gamma of 1",))])
+def test_a_gamma_that_changes_how_a_png_looks_is_said_to_be_lost(tmp_path: Path, gamma: int,
+                                                                 lost: tuple[str, ...]) -> None:
+    write_png16(tmp_path / "a.png", deep(5, 5, 3), colour_type=2, extra=chunk(b"gAMA", struct.pack(">I", gamma)))
+    assert read_photo(tmp_path / "a.png").metadata.lost == lost
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bit_tiff_of_either_byte_order_is_read(tmp_path: Path, order: str, channels: int) -> None:
+    samples = deep(9, 7, channels)
+    tifffile.imwrite(tmp_path / "a.tif", samples.squeeze(), photometric="rgb" if channels == 3 else "minisblack",
+                     byteorder=order, compression="zlib", predictor=True, metadata=None)
+    np.testing.assert_array_equal(read_photo(tmp_path / "a.tif").pixels, samples)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+def test_a_transparent_colour_of_eight_bits_becomes_alpha(tmp_path: Path, mode: str) -> None:
+    image = Image.new("RGB", (6, 5), (10, 10, 10))
+    image.paste((200, 200, 200), (0, 0, 3, 5))
+    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    image.save(tmp_path / "a.png", transparency=image.getpixel((0, 0)))
+    photo = read_photo(tmp_path / "a.png")
+    assert photo.pixels.shape[2] == (1 if mode == "L" else 3) and photo.alpha is not None
+    assert (photo.alpha[:, :3] == 0).all() and (photo.alpha[:, 3:] == 255).all()
+
+
 def test_avif_of_more_than_eight_bits_says_what_is_lost(tmp_path: Path) -> None:
     Image.new("RGB", (16, 16), (9, 99, 199)).save(tmp_path / "a.avif")
     assert read_photo(tmp_path / "a.avif").metadata.lost == ()

@@ -28,7 +28,8 @@ def save(path: Path, *, side: int = 16) -> Pixels:
     ("hr/0.png", "lr/x4/0.png"), ("HR/0.png", "LRx4/0.png"), ("HR/0.png", "LRX4/0_X4.png"), ("HR/0.png", "LR_x4/0.png"),
     ("HR/0.png", "LR_bicubic_x4/0x4.png"), ("HR/0.png", "LR/0x4.png"), ("HR/0.png", "LR/0.png"),
     ("HR/max2.png", "LRx4/max2.png"), ("HR/max2.png", "LRx4/max2x4.png"), ("HR/0.png", "LR_bicubic/4/0.jpg"),
-    ("DIV2K_valid_HR/0801.png", "DIV2K_valid_LR_bicubic/X4/0801x4.png"), ("0.png", "LRx4/0.png"),
+    ("DIV2K_valid_HR/0801.png", "DIV2K_valid_LR_bicubic/X4/0801x4.png"),
+    ("GTmod12/0.png", "LRbicx4/0.png"), ("0.png", "LRx4/0.png"),
 ])
 def test_low_resolution_of_the_user_is_taken_and_said(tmp_path: Path, high: str, low: str) -> None:
     save(tmp_path / high, side=64)

@@ -32,6 +32,7 @@ _LAYOUT_TAGS = (254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284,
                 330, 338, 339, 347, 529, 530, 531, 532, 700, 34675, _ORIENTATION)
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _TIFF_EXTRA_SAMPLES, _TIFF_SAMPLE_FORMAT = 258, 262, 284, 338, 339
 _HEADER_BYTES = 4096
+_SRGB_GAMMA = 0.45455  # of a PNG; most of those that name one name this
 FAULTS = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, AssertionError,
            AttributeError, RuntimeError, SystemError, struct.error, zlib.error, cv2.error)
 # A sound PNG may hold megabytes of text, as image generators write; Pillow's bound on all text together stays.
@@ -208,4 +209,7 @@ def _read_metadata(image: Image.Image, *, gray: bool) -> tuple[Metadata, int]:
     if profile and profile[16:20] != (b"GRAY" if gray else b"RGB "):
         lost.append(f"the colour profile, which is for {profile[16:20].decode('ascii', 'replace').strip()}")
         profile = b""
+    gamma = image.info.get("gamma", _SRGB_GAMMA)
+    if not profile and abs(gamma - _SRGB_GAMMA) > 0.01:
+        lost.append(f"the gamma of {gamma:g}")
     return Metadata(profile, exif, xmp, tuple(lost)), orientation

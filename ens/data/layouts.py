@@ -15,9 +15,9 @@ from ens.data.images import READ_SUFFIXES, list_images, list_skipped, show_name
 
 _PAIR_FOLDERS = (("input", "target"), ("blur", "sharp"))
 _SR_LAYOUTS = "HR/ beside LR_bicubic/X{0}/, LR/x{0}/, LRx{0}/, LR_x{0}/ or LR/ with names like 001x{0}.png"
-# As in DIV2K_train_HR, DIV2K_train_LR_bicubic, LRx4, LR_bicubic_X4.
-_HIGH = re.compile(r"(?:.*[_-])?hr", re.IGNORECASE)
-_LOW = re.compile(r"(?:.*[_-])?lr(?:[_-].*?)?(?:[_-]?x(?P<scale>\d+))?", re.IGNORECASE)
+# As in DIV2K_train_HR, GTmod12; DIV2K_train_LR_bicubic, LRx4, LR_bicubic_X4, LRbicx4.
+_HIGH = re.compile(r"(?:.*[_-])?(?:hr|gt|gtmod\d+)", re.IGNORECASE)
+_LOW = re.compile(r"(?:.*[_-])?lr(?:bic|bicubic|[_-].*?)?(?:[_-]?x(?P<scale>\d+))?", re.IGNORECASE)
 _SCALE = re.compile(r"x?(?P<scale>\d+)x?", re.IGNORECASE)
 _NAME = re.compile(r"(?P<name>.+?)[_-]?x(?P<scale>\d+)", re.IGNORECASE)
 _MAX_SHOWN = 10
