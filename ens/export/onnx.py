@@ -96,21 +96,18 @@ def open_onnx(path: Path, threads: int | None) -> tuple[onnxruntime.InferenceSes
 
 
 def run_onnx(session: onnxruntime.InferenceSession, image: Tensor) -> Tensor:
-    """One image through an opened file; raises what the runtime raises, and then holds no memory for activations."""
-    try:
-        return _run(session, image)
-    except Exception:
-        # The arena keeps what a failed run had taken, up to all there is, and a smaller run would find no more.
-        smallest = int(session.get_modelmeta().custom_metadata_map.get("size_multiple", 1))
-        release = onnxruntime.RunOptions()
-        release.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        with contextlib.suppress(Exception):
-            _run(session, image[..., :smallest, :smallest], release)
-        raise
+    """One image through an opened file; raises what the runtime raises."""
+    return torch.from_numpy(session.run(None, {"image": np.ascontiguousarray(image.numpy())})[0])
 
 
-def _run(session: onnxruntime.InferenceSession, image: Tensor, options: onnxruntime.RunOptions | None = None) -> Tensor:
-    return torch.from_numpy(session.run(None, {"image": np.ascontiguousarray(image.numpy())}, options)[0])
+def release_onnx(session: onnxruntime.InferenceSession) -> None:
+    """Give back what the runtime keeps for activations: all of the largest run so far, even of one that failed."""
+    name, (_, channels, _, _) = session.get_inputs()[0].name, session.get_inputs()[0].shape
+    side = int(session.get_modelmeta().custom_metadata_map["size_multiple"])
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    # It does so at the end of a run only: of the smallest image that there is.
+    session.run(None, {name: np.zeros((1, channels, side, side), np.float32)}, options)
 
 
 @contextlib.contextmanager

@@ -45,7 +45,8 @@ _STRIP_PX = 64
 @dataclass(frozen=True)
 class Session:
     """An opened network. `run` maps (1, channels, H, W) in [0, 1], H and W multiples of `size_multiple`, to
-    (1, channels, H·upscale, W·upscale); `facts` is what the file says of itself.
+    (1, channels, H·upscale, W·upscale); `facts` is what the file says of itself. `release` gives back the memory
+    that the runtime keeps from one run to the next.
     """
 
     run: Restore
@@ -53,6 +54,7 @@ class Session:
     upscale: int
     channels: int
     facts: dict[str, str]
+    release: Callable[[], None] = lambda: None
 
     def restore(self, image: Tensor) -> Tensor:
         """(B, channels, H, W) float32 in [0, 1], any H and W -> (B, channels, H·upscale, W·upscale)."""
@@ -92,7 +94,7 @@ def _open_exported(path: Path, threads: int | None) -> Session:
         size_multiple, upscale, channels = (int(facts.pop(key)) for key in ("size_multiple", "upscale", "channels"))
     except (KeyError, ValueError) as error:
         raise SessionError(f"{path}: was not exported by ens (no {error} in its metadata)") from None
-    return Session(opened.run, size_multiple, upscale, channels, facts)
+    return Session(opened.run, size_multiple, upscale, channels, facts, opened.release)
 
 
 def _open_weights(path: Path | str, threads: int | None) -> Session:
@@ -149,7 +151,7 @@ def _restore(session: Session, photo: Photo, tiles: Tiles | None, say: Callable[
             restored[top + first:top + first + len(strip)] = strip
 
     restore_within_memory(run, read, write, height=height, width=width, tiles=tiles, on_event=say,
-                          size_multiple=session.size_multiple, upscale=session.upscale)
+                          size_multiple=session.size_multiple, upscale=session.upscale, release=session.release)
     return replace(photo, pixels=restored, alpha=_carry_alpha(photo, session.upscale))
 
 

@@ -7,6 +7,7 @@ as floats in one piece. Shapes: image (B, C, H, W) of any size -> (B, C', H·ups
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -133,12 +134,19 @@ def _ramp(side: int, overlap: int, *, first: bool, last: bool) -> Tensor:
     return (torch.ones(side) if first else fall) * (torch.ones(side) if last else fall.flip(0))
 
 
+def _quietly(release: Callable[[], None]) -> None:
+    with suppress(Exception):  # which may itself find no memory
+        release()
+
+
 def restore_within_memory(restore: Restore, read: Read, write: Write, *, height: int, width: int,
                           tiles: Tiles | None = None, size_multiple: int = 1, upscale: int = 1,
+                          release: Callable[[], None] = lambda: None,
                           on_event: Callable[[str], None] | None = None) -> None:
     """Restore in one piece (`tiles` None) or in tiles; where memory runs out, halve the tile, say so, start again.
 
-    `write` gets every row, from the first one again after a start. `on_event` gets one line each time. Raises
+    `write` gets every row, from the first one again after a start. `release` is called after every try: what the
+    runtime keeps is neither there for a smaller tile nor for the next image. `on_event` gets one line each time. Raises
     MemoryError when a tile of 64 px, or the smallest that the size multiple allows, is still too much.
     """
     whole_px = -(-max(height, width) // size_multiple) * size_multiple
@@ -152,6 +160,8 @@ def restore_within_memory(restore: Restore, read: Read, write: Write, *, height:
             return
         except MemoryError as error:
             reason = first_line(error)
+        finally:
+            _quietly(release)
         # Outside the handler: the traceback held there keeps the tensors of the failed attempt alive.
         failed, tiles = tiles, tiles.halved() if tiles.tile_px >= 2 * SMALLEST_TILE_PX else tiles
         if tiles.tile_px >= failed.tile_px:
