@@ -72,12 +72,16 @@ def open_session(path: str | Path, *, threads: int | None = None) -> Session:
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if str(path).startswith(BUILTIN):
-        return _open_weights(path, threads)
-    path = Path(path)
-    opener = _OPENERS.get(path.suffix.lower())
-    if opener is None:
-        raise SessionError(f"{path}: cannot be opened; the suffix is one of {', '.join(_OPENERS)}")
-    return opener(path, threads)
+        session = _open_weights(path, threads)
+    else:
+        path = Path(path)
+        opener = _OPENERS.get(path.suffix.lower())
+        if opener is None:
+            raise SessionError(f"{path}: cannot be opened; the suffix is one of {', '.join(_OPENERS)}")
+        session = opener(path, threads)
+    # OpenMP ends the process where memory is too short for a thread: PyTorch's are started while there is some.
+    torch.zeros(2**20).add_(1)
+    return session
 
 
 def _open_exported(path: Path, threads: int | None) -> Session:
