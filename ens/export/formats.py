@@ -36,17 +36,17 @@ class OpenedFile:
 
 @dataclass(frozen=True)
 class Format:
-    """`write(network, path, metadata)`, and `open(path, threads)` in the format's own runtime."""
+    """`write(network, path, metadata, on_event)`, and `open(path, threads)` in the format's own runtime."""
 
     name: str
-    write: Callable[[Network, Path, Mapping[str, str]], None]
+    write: Callable[[Network, Path, Mapping[str, str], Callable[[str], None]], None]
     open: Callable[[Path, int | None], OpenedFile]
 
 
-def _write_onnx(network: Network, path: Path, metadata: Mapping[str, str]) -> None:
+def _write_onnx(network: Network, path: Path, metadata: Mapping[str, str], on_event: Callable[[str], None]) -> None:
     from ens.export.onnx import write_onnx  # brings onnxscript, a second
 
-    write_onnx(network, path, metadata)
+    write_onnx(network, path, metadata, on_event)
 
 
 def _open_onnx(path: Path, threads: int | None) -> OpenedFile:
@@ -82,9 +82,9 @@ def write_checked(network: Network, path: str | Path, *, photo: Tensor, toleranc
     if taken:
         raise ValueError(f"facts may not be called {', '.join(taken)}; these names describe the file")
     with atomic_path(path) as temporary:
-        say(f"export: tracing {sum(spec.depth for spec in network.slots)} blocks, about two seconds each")
+        say("export: tracing the network; each kind of block takes a few seconds")
         try:
-            kind.write(network, temporary, {**metadata, **(facts or {})})
+            kind.write(network, temporary, {**metadata, **(facts or {})}, say)
         except (MemoryError, OSError):
             raise
         except Exception as failure:  # whatever an exporter meets, the answer is the same: no file, and why

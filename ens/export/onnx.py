@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ens.export.graph import tidy_graph
+from ens.export.graph import replace_node, tidy_graph
+from ens.export.repeats import Block, copy_blocks, hide_weights, list_kinds, marked
 from ens.networks.steps import Network
 
 OPSET = 20
@@ -39,48 +41,89 @@ epsilon under a root is one: a black image became NaN."""
 
 
 class _Restore(nn.Module):
-    """`Network.restore` as the forward that is exported."""
+    """`Network.restore` of an image that comes as (1, C, h, m, w, m), m the size multiple.
+
+    Its sides are then products of h and w to the tracer, which halves and divides them in a moment; of sides that are
+    only promised to be multiples it proves every division anew, for seconds a block.
+    """
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.network.restore(image)
+        height, width = (image.shape[axis] * self.network.size_multiple for axis in (2, 4))
+        return self.network.restore(image.reshape(1, self.network.in_channels, height, width))
 
 
-def write_onnx(network: Network, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the network with `metadata` beside its graph; raises whatever the exporter meets."""
-    model = _trace(network)
-    simplify_graph(model)
+def write_onnx(network: Network, path: Path, metadata: Mapping[str, str], on_event: Callable[[str], None]) -> None:
+    """Write the network with `metadata` beside its graph; `on_event` gets a line a step.
+
+    Raises whatever the exporter meets.
+    """
+    kinds = list_kinds(network)
+    model = _trace(network, kinds, on_event)
+    on_event("export: simplifying the graph")
+    with _hushed():
+        passes.InlinePass()(model)
+        _join_units(model.graph, network.size_multiple)
+        hide_weights(model.graph, kinds)
+        simplify_graph(model)
+        copy_blocks(model.graph, kinds)
+        _fold(model)
     tidy_graph(model)
     model.metadata_props.update(metadata)
     path.write_bytes(ir.to_proto(model).SerializeToString())
 
 
-def _trace(network: Network) -> ir.Model:
-    multiple = network.size_multiple
+def _trace(network: Network, kinds: Sequence[Sequence[Block]], on_event: Callable[[str], None]) -> ir.Model:
+    multiple, stdout = network.size_multiple, sys.stdout
+
+    def say(line: str) -> None:
+        with contextlib.redirect_stdout(stdout):
+            on_event(line)
+
     # Two different sides above 1, so that the exporter takes neither for a constant nor one for the other.
-    example = torch.zeros(1, network.in_channels, 6 * multiple, 8 * multiple)
-    sides = {axis: multiple * Dim(name, min=1, max=_LARGEST_SIDE // multiple) for axis, name in ((2, "h"), (3, "w"))}
-    with torch.no_grad(), _hushed():
+    example = torch.zeros(1, network.in_channels, 6, multiple, 8, multiple)
+    units = {axis: Dim(name, min=1, max=_LARGEST_SIDE // multiple) for axis, name in ((2, "h"), (4, "w"))}
+    with torch.no_grad(), _hushed(), marked(network, kinds, say):
         program = torch.onnx.export(_Restore(network).eval(), (example,), dynamo=True, opset_version=OPSET,
-                                    dynamic_shapes={"image": sides}, input_names=["image"], output_names=["restored"],
+                                    dynamic_shapes={"image": units}, input_names=["image"], output_names=["restored"],
                                     verbose=False, optimize=False)
     assert program is not None
     return program.model
 
 
+def _join_units(graph: ir.Graph, multiple: int) -> None:
+    """Make the input (1, C, H, W) again: the reshape goes, and a unit is a side divided by the multiple."""
+    (units,) = graph.inputs
+    (reshape,) = (node for node in units.consumers() if node.op_type == "Reshape")
+    joined = reshape.outputs[0]
+    image = ir.Value(name=units.name, shape=joined.shape, type=units.type)
+    divisor = ir.Value(name="size_multiple", const_value=ir.tensor(np.array([multiple], np.int64)))
+    graph.register_initializer(divisor)
+    for node in list(units.consumers()):
+        if node.op_type == "Shape":
+            axis = node.attributes["start"].as_int() // 2 + 1
+            side = ir.node("Shape", [image], {"start": axis, "end": axis + 1})
+            unit = ir.node("Div", [side.outputs[0], divisor])
+            graph.insert_before(node, [side, unit])
+            replace_node(graph, node, unit.outputs[0])
+    replace_node(graph, reshape, image)
+    graph.inputs[:] = [image]
+
+
 def simplify_graph(model: ir.Model) -> None:
     """Fold what is constant, shapes above all, and drop what nothing reads; no value changes."""
-    with _hushed():
-        passes.InlinePass()(model)
-        fold_constants_ir(model)
-        passes.RemoveUnusedNodesPass()(model)
-        passes.CommonSubexpressionEliminationPass()(model)
-        rewriter.rewrite(model, pattern_rewrite_rules=list(_RULES))
-        fold_constants_ir(model)
-        passes.RemoveUnusedNodesPass()(model)
+    _fold(model)
+    rewriter.rewrite(model, pattern_rewrite_rules=list(_RULES))
+    _fold(model)
+
+
+def _fold(model: ir.Model) -> None:
+    fold_constants_ir(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
 
 
 def open_onnx(path: Path, threads: int | None) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
