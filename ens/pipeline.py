@@ -184,12 +184,12 @@ def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET,
              crop_px: int | None = None, limit: int | None = None, threads: int | None = None) -> list[Evaluation]:
     """Score any file that holds a network, or `builtin:NAME`, by the named protocol or by all of the task's."""
     from ens.runtime.session import open_session
-
     rules = [find_protocol(protocol, scale=task.scale)] if protocol else task_protocols(task)
     session = open_session(model, threads=threads)
     if session.upscale != task.scale:
         raise ValueError(f"{model} enlarges {session.upscale} times, the task {task.scale} times")
     images = load_validation_set(data, task, channels=session.channels, crop_px=crop_px, limit=limit)
+    control.say(f"evaluate: {images.origin}")
     return evaluate_protocols(session.restore, images, rules,
                               on_progress=lambda done, total: control.progress("evaluate", done, total, "images"))
 

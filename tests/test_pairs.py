@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ImageCms
 
 from ens.data.folders import BUILTIN_PHOTOS, DataError, Pair, find_pairs, load_pairs
-from ens.data.images import Photo, Pixels, to_pixels, write_photo
-from ens.data.pairs import Patches, load_validation_set
+from ens.data.images import Metadata, Photo, Pixels, read_photo, to_pixels, write_photo
+from ens.data.pairs import Patches, degrade_photo, load_validation_set
 from ens.data.tasks import Denoise, Derain, create_task
 
 EVERY_TASK = ["denoise", "derain", "deblur", "sr_x2", "sr_x4", "csr_x4_q10", "jpeg_q10"]
@@ -296,3 +297,10 @@ def test_the_fingerprint_covers_degraded_pixels_and_counts_pairs(tmp_path: Path)
     clean = [load_validation_set(tmp_path / "clean", create_task(name)).fingerprint
              for name in ("denoise_s25", "denoise_s50", "derain", "jpeg_q10")]
     assert str(clean[0]).startswith("8 images") and len({one.sha256 for one in clean}) == 4
+
+
+def test_a_degraded_photo_keeps_the_metadata_of_the_clean_one(tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    write_photo(tmp_path / "clean.png", Photo(pixels(40, 40), metadata=Metadata(icc_profile=profile)))
+    degrade_photo(tmp_path / "clean.png", tmp_path / "noisy.png", create_task("denoise"))
+    assert read_photo(tmp_path / "noisy.png").metadata.icc_profile == profile

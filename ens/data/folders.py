@@ -1,4 +1,4 @@
-"""Data-set folders people have: flat clean images, `input/ target/`, `HR/ LR_bicubic/X4/`, and built-in photos."""
+"""The images of a data set: decoded, with the channels a network takes, and built-in photos."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ens.data.images import FloatImage, ImageError, Pixels, list_images, read_photo, to_float, to_pixels
+from ens.data.images import FloatImage, ImageError, Pixels, read_photo, show_name, to_float, to_pixels
+from ens.data.layouts import BUILTIN, PairPath, describe_paths, format_offenders, match_folder
+from ens.data.layouts import DataError as DataError
 
 BUILTIN_PHOTOS = "builtin:photos"
 # Colour pictures that scikit-image ships: to train on, to choose by, to report on, or all five photographs.
@@ -18,56 +20,32 @@ _BUILTIN = {
     "builtin:report-photos": ("chelsea.png",),
     BUILTIN_PHOTOS: ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
 }
-_PAIR_FOLDERS = (("input", "target"), ("blur", "sharp"))
-_MAX_SHOWN = 10
 _LUMA = np.array([0.299, 0.587, 0.114])
 _STUDIO_LUMA = np.array([65.481, 128.553, 24.966])
 
 
-class DataError(ValueError):
-    """A data set that cannot be used; the message lists the first ten offenders."""
-
-
-@dataclass(frozen=True)
-class PairPath:
-    """One image of a data set; `degraded` is None where the task makes it from `clean`."""
-
-    name: str
-    clean: Path
-    degraded: Path | None = None
-
-
 @dataclass(frozen=True)
 class Pair:
-    """One decoded image: (H, W, C) pixels, and its degraded twin where the folder holds one."""
+    """One decoded image: (H, W, C) pixels, and its degraded twin where the folder holds one.
+
+    `unused` is what the files hold beside that, in words: "a.tif: frames 2 to 5".
+    """
 
     name: str
     clean: Pixels
     degraded: Pixels | None = None
+    unused: tuple[str, ...] = ()
 
 
 def find_pairs(folder: str | Path, *, scale: int = 1) -> list[PairPath]:
-    """Images of a folder by its layout: `input/ target/` (or `blur/ sharp/`), `HR/ LR_bicubic/X4/`, or flat and clean.
+    """Images of a folder by its layout (`match_folder`), or of `builtin:photos`.
 
     `builtin:photos`, `builtin:train-photos`, `builtin:validation-photos` and `builtin:report-photos` are pictures that
     scikit-image ships.
-    Raises FileNotFoundError for a missing folder and DataError for images without partner, the first ten listed.
     """
-    if str(folder).startswith("builtin:"):
-        return _flat(_builtin_photos(str(folder)))
-    root = Path(folder)
-    for degraded, clean in _PAIR_FOLDERS:
-        if scale == 1 and (root / degraded).is_dir() and (root / clean).is_dir():
-            return _match(list_images(root / clean), list_images(root / degraded), suffix="")
-    low = root / "LR_bicubic" / f"X{scale}"
-    if scale > 1 and (root / "HR").is_dir():
-        clean_paths = list_images(root / "HR")
-        return _match(clean_paths, list_images(low), suffix=f"x{scale}") if low.is_dir() else _flat(clean_paths)
-    return _flat(list_images(root))
-
-
-def _flat(paths: Sequence[Path]) -> list[PairPath]:
-    return [PairPath(path.stem, path) for path in paths]
+    if str(folder).startswith(BUILTIN):
+        return [PairPath(path.stem, path) for path in _builtin_photos(str(folder))]
+    return match_folder(Path(folder), scale=scale)
 
 
 def _builtin_photos(name: str) -> list[Path]:
@@ -81,21 +59,15 @@ def _builtin_photos(name: str) -> list[Path]:
     return [folder / file for file in _BUILTIN[name]]
 
 
-def _match(clean: Sequence[Path], degraded: Sequence[Path], *, suffix: str) -> list[PairPath]:
-    by_name = {path.stem.removesuffix(suffix): path for path in degraded}
-    names = {path.stem for path in clean}
-    alone = [f"{path.name} has no degraded partner" for path in clean if path.stem not in by_name]
-    alone += [f"{by_name[name].name} has no clean partner" for name in sorted(by_name) if name not in names]
-    if alone:
-        raise DataError(f"{len(clean)} clean images in {clean[0].parent} and {len(degraded)} degraded in "
-                        f"{degraded[0].parent} do not match{format_offenders(alone)}")
-    return [PairPath(path.stem, path, by_name[path.stem]) for path in clean]
+def describe_images(folder: str | Path, pairs: Sequence[Pair], *, scale: int, degradation: str) -> str:
+    """One line for people: which images of a folder these are, how the degraded ones came about, what is not used.
 
-
-def format_offenders(offenders: Sequence[str]) -> str:
-    """`: a; b; c and 7 more`, ten at most."""
-    more = f" and {len(offenders) - _MAX_SHOWN} more" if len(offenders) > _MAX_SHOWN else ""
-    return ": " + "; ".join(offenders[:_MAX_SHOWN]) + more
+    `degradation` says what makes degraded images where the folder holds none.
+    """
+    paths = find_pairs(folder, scale=scale)[:len(pairs)]
+    unused = [item for pair in pairs for item in pair.unused]
+    return describe_paths(folder, paths, degradation=degradation) + (
+        f"; not used{format_offenders(unused)}" if unused else "")
 
 
 def load_pairs(folder: str | Path, *, scale: int = 1, channels: int = 3, limit: int | None = None,
@@ -113,21 +85,19 @@ def load_pairs(folder: str | Path, *, scale: int = 1, channels: int = 3, limit: 
     paths = find_pairs(folder, scale=scale)[:limit]
     for path in paths:
         try:
-            pair = Pair(path.name, _read(path.clean, channels, studio),
-                        None if path.degraded is None else _read(path.degraded, channels, studio))
+            photos = [read_photo(file) for file in (path.clean, path.degraded) if file is not None]
         except ImageError as error:
             offenders.append(str(error))
             continue
+        pixels = [with_channels(photo.pixels, channels, studio=studio) for photo in photos]
+        unused = tuple(f"{path.name}: {item}" for photo in photos for item in photo.metadata.lost)
+        pair = Pair(path.name, pixels[0], pixels[1] if path.degraded else None, unused)
         offenders += _size_mismatch(pair, scale)
         pairs.append(pair)
     if offenders:
-        raise DataError(f"{len(offenders)} of {len(paths)} images of {folder} cannot be used"
+        raise DataError(f"{len(offenders)} of {len(paths)} images of {show_name(folder)} cannot be used"
                         f"{format_offenders(offenders)}")
     return pairs
-
-
-def _read(path: Path, channels: int, studio: bool) -> Pixels:
-    return with_channels(read_photo(path).pixels, channels, studio=studio)
 
 
 def with_channels(pixels: Pixels, channels: int, *, studio: bool = False) -> Pixels:

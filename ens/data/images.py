@@ -1,135 +1,41 @@
-"""Reading and writing photographs: 8 and 16 bit, gray and colour, alpha, EXIF orientation. RGB order everywhere."""
+"""Image files: reading, writing, listing, fingerprints. 8 and 16 bit, gray and colour, alpha, metadata; RGB order."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
-import struct
-import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ens.atomic import write_atomic
+from ens.atomic import atomic_path
+from ens.data.decoding import FAULTS
+from ens.data.decoding import read_photo as read_photo
+from ens.data.encoding import write_other, write_png, write_tiff
+from ens.data.photo import FloatImage as FloatImage
+from ens.data.photo import ImageError as ImageError
+from ens.data.photo import Metadata as Metadata
+from ens.data.photo import Photo as Photo
+from ens.data.photo import Pixels as Pixels
+from ens.data.photo import show_name as show_name
 
-Pixels = NDArray[np.uint8 | np.uint16]
-FloatImage = NDArray[np.float32]
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp")
+READ_SUFFIXES = (*SUFFIXES, ".gif", ".avif")
 SIXTEEN_BIT_SUFFIXES = (".png", ".tif", ".tiff")
 ALPHA_SUFFIXES = (".png", ".tif", ".tiff", ".webp")
-_BITS_PER_SAMPLE = 258  # TIFF tag
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, struct.error, zlib.error,
-                  cv2.error)
+_JPEG_SUFFIXES = (".jpg", ".jpeg", ".jfif")
+_MAX_SIDE_PX = {**dict.fromkeys(_JPEG_SUFFIXES, 65_500), ".webp": 16_383}
+_JPEG_SEGMENT_BYTES = 65_502  # what one EXIF or XMP segment holds
 
 
-class ImageError(ValueError):
-    """A file that cannot be read or written as an image; the message names the file and the reason."""
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = Path(path)
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class Photo:
-    """`pixels` (H, W, 1 or 3) uint8 or uint16, RGB; `alpha` (H, W) of the same type where the file has one."""
-
-    pixels: Pixels
-    alpha: Pixels | None = None
-
-
-def read_photo(path: str | Path) -> Photo:
-    """Read an image file upright (EXIF orientation applied), at its own bit depth, gray as one channel.
-
-    Raises ImageError for a file that is missing, empty, truncated, corrupt or not an image.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ImageError(path, f"cannot be read ({error.strerror or error})") from None
-    if not data:
-        raise ImageError(path, "the file is empty")
-    if data.startswith(b"version https://git-lfs"):
-        raise ImageError(path, "is a git-lfs pointer, not the image itself; fetch it with `git lfs pull`")
-    try:
-        return _decode(path, data)
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise ImageError(path, "is not an image, or is damaged beyond recognition") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(path, f"is too large ({error})") from None
-    except _DECODE_ERRORS as error:
-        raise ImageError(path, f"is corrupt or truncated ({error})") from None
-
-
-def _decode(path: str | Path, data: bytes) -> Photo:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damaged metadata of pixels that can be read; photos above 89 megapixels
-        with Image.open(io.BytesIO(data)) as image:
-            # Pillow notices truncated files, which OpenCV decodes half gray without a word; OpenCV keeps 16 bits.
-            image.load()
-            orientation = image.getexif().get(0x0112, 1)
-            gray = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")
-            if _is_sixteen_bit(image, data):
-                return _split(_decode_sixteen_bit(data, orientation), gray=gray)
-            if image.mode in ("I", "F"):
-                raise ImageError(path, "has 32 bits a pixel; 8 and 16 bits are read")
-            upright = ImageOps.exif_transpose(image)
-    has_alpha = upright.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in upright.info
-    mode = ("LA" if has_alpha else "L") if gray else ("RGBA" if has_alpha else "RGB")
-    return _split(np.atleast_3d(np.asarray(upright.convert(mode), dtype=np.uint8)), gray=gray)
-
-
-def _is_sixteen_bit(image: Image.Image, data: bytes) -> bool:
-    if image.format == "PNG":
-        return data[24] == 16
-    if image.format == "TIFF":
-        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (8,))
-        return 16 in (bits if isinstance(bits, tuple) else (bits,))
-    return image.mode.startswith("I;16")
-
-
-def _decode_sixteen_bit(data: bytes, orientation: int) -> Pixels:
-    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if decoded is None or decoded.dtype != np.uint16:
-        raise ValueError("16-bit pixels in a layout that is not read")
-    pixels = _swap_red_blue(np.atleast_3d(np.asarray(decoded, np.uint16)))
-    return np.ascontiguousarray(_ORIENT[orientation](pixels) if orientation in _ORIENT else pixels)
-
-
-_ORIENT = {
-    2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1], 5: lambda x: x.swapaxes(0, 1),
-    6: lambda x: x.swapaxes(0, 1)[:, ::-1], 7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
-    8: lambda x: x.swapaxes(0, 1)[::-1],
-}
-
-
-def _swap_red_blue(pixels: Pixels) -> Pixels:
-    """RGB <-> BGR, alpha kept last; one channel stays as it is."""
-    return np.ascontiguousarray(pixels[..., [2, 1, 0, 3][:pixels.shape[2]]]) if pixels.shape[2] >= 3 else pixels
-
-
-def _split(pixels: Pixels, *, gray: bool) -> Photo:
-    alpha = np.ascontiguousarray(pixels[..., -1]) if pixels.shape[2] in (2, 4) else None
-    return Photo(np.ascontiguousarray(pixels[..., :1 if gray else 3]), alpha)
-
-
-def write_photo(path: str | Path, photo: Photo) -> None:
-    """Write by the suffix, to a temporary name first. Raises ImageError where the format cannot hold the picture.
-
-    Gray with alpha becomes RGBA at 16 bits, for which PNG writers have no gray form here. JPEG quality is 95.
-    """
+def check_writable(path: str | Path, photo: Photo, *, upscale: int = 1) -> None:
+    """Raise ImageError where the format of `path` cannot hold a picture like `photo`, `upscale` times larger."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -138,24 +44,65 @@ def write_photo(path: str | Path, photo: Photo) -> None:
         raise ImageError(path, f"{suffix} holds 8 bits but the picture has 16; use {', '.join(SIXTEEN_BIT_SUFFIXES)}")
     if photo.alpha is not None and suffix not in ALPHA_SUFFIXES:
         raise ImageError(path, f"{suffix} holds no alpha channel; use {', '.join(ALPHA_SUFFIXES)}")
-    write_atomic(path, _encode(photo, suffix))
+    height, width = (side * upscale for side in photo.pixels.shape[:2])
+    if max(height, width) > _MAX_SIDE_PX.get(suffix, 2**31 - 1):
+        raise ImageError(path, f"{suffix} holds at most {_MAX_SIDE_PX[suffix]} pixels a side, the picture has "
+                         f"{width}×{height}; use .png or .tif")
+
+
+def write_photo(path: str | Path, photo: Photo) -> tuple[str, ...]:
+    """Write by the suffix, to a temporary name first; return what of the metadata the format cannot hold, in words.
+
+    Gray with alpha becomes RGBA in WebP and in 16-bit TIFF. JPEG quality is 95. Raises ImageError where the format
+    cannot hold the picture, OSError where the disk is at fault.
+    """
+    path = Path(path)
+    check_writable(path, photo)
+    suffix = path.suffix.lower()
+    metadata, lost = _keep_writable(photo.metadata, suffix)
+    try:
+        with atomic_path(path) as temporary, temporary.open("r+b") as file:
+            _encode(file, suffix, replace(photo, metadata=metadata))
+    except FAULTS as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EISDIR, errno.ENAMETOOLONG):
+            raise
+        raise ImageError(path, f"cannot be written ({error})") from None
+    return lost
 
 
 def encode_png(pixels: Pixels) -> bytes:
     """(H, W, 1 or 3) uint8 or uint16, RGB, as the bytes of a PNG file."""
-    return _encode(Photo(pixels), ".png")
+    buffer = io.BytesIO()
+    _encode(buffer, ".png", Photo(pixels))
+    return buffer.getvalue()
 
 
-def _encode(photo: Photo, suffix: str) -> bytes:
-    pixels = photo.pixels
-    if photo.alpha is not None:
-        if pixels.shape[2] == 1 and pixels.dtype == np.uint8 and suffix == ".png":
-            buffer = io.BytesIO()
-            Image.fromarray(np.dstack([pixels, photo.alpha]), mode="LA").save(buffer, "PNG")
-            return buffer.getvalue()
-        pixels = np.dstack([np.broadcast_to(pixels, (*pixels.shape[:2], 3)), photo.alpha])
-    quality = [cv2.IMWRITE_WEBP_QUALITY, 101] if suffix == ".webp" else []  # above 100 is lossless
-    return bytes(cv2.imencode(suffix, _swap_red_blue(pixels), quality)[1].tobytes())
+def _keep_writable(metadata: Metadata, suffix: str) -> tuple[Metadata, tuple[str, ...]]:
+    """What of the metadata a format can hold, and in words what it cannot."""
+    if suffix == ".bmp":
+        kept = Metadata()
+    elif suffix in _JPEG_SUFFIXES:  # a profile spans several segments, these two do not
+        kept = replace(metadata, exif=_if_short(metadata.exif), xmp=_if_short(metadata.xmp))
+    else:
+        kept = metadata
+    words = (("the colour profile", "icc_profile"), ("EXIF", "exif"), ("XMP", "xmp"))
+    return kept, tuple(f"{word} ({suffix})" for word, name in words if getattr(kept, name) != getattr(metadata, name))
+
+
+def _if_short(data: bytes) -> bytes:
+    return data if len(data) <= _JPEG_SEGMENT_BYTES else b""
+
+
+def _encode(file: IO[bytes], suffix: str, photo: Photo) -> None:
+    metadata = photo.metadata
+    facts = {"icc_profile": metadata.icc_profile, "exif": metadata.exif, "xmp": metadata.xmp}
+    if suffix == ".png":
+        write_png(file, photo.pixels, photo.alpha, **facts)
+    elif suffix in (".tif", ".tiff"):
+        write_tiff(file, photo.pixels, photo.alpha, **facts)
+    else:
+        form = "JPEG" if suffix in _JPEG_SUFFIXES else suffix[1:].upper()
+        write_other(file, photo.pixels, photo.alpha, form=form, **facts)
 
 
 def to_float(pixels: Pixels) -> FloatImage:
@@ -175,12 +122,35 @@ def list_images(folder: str | Path) -> list[Path]:
     """Image files directly in a folder, sorted by name. Raises FileNotFoundError or ValueError where there are none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder")
-    paths = sorted(path for path in folder.iterdir()
-                   if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
+        raise FileNotFoundError(f"{show_name(folder)} is not a folder")
+    paths = sorted(path for path in folder.iterdir() if not _why_skipped(path))
     if not paths:
-        raise ValueError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{show_name(folder)} holds no images ({', '.join(READ_SUFFIXES)})")
     return paths
+
+
+def list_skipped(folder: str | Path) -> list[str]:
+    """What `list_images` passes over in a folder, and why, sorted by name; hidden files are not mentioned."""
+    return [f"{show_name(path.name)} ({reason})" for path in sorted(Path(folder).iterdir())
+            if not path.name.startswith(".") and (reason := _why_skipped(path))]
+
+
+def _why_skipped(path: Path) -> str:
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_dir():
+        return "a folder"
+    if path.is_symlink() and not path.exists():
+        return "a broken link"
+    if path.suffix.lower() not in READ_SUFFIXES:
+        return "no image by its suffix"
+    return "" if path.is_file() else "a pipe, device or socket"
+
+
+def name_output(source: str | Path) -> str:
+    """Name of the restored image in another folder: its own, with `.png` behind it where its kind is only read."""
+    source = Path(source)
+    return source.name if source.suffix.lower() in SUFFIXES else f"{source.name}.png"
 
 
 @dataclass(frozen=True)

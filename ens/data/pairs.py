@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ens.data.folders import DataError, Pair, format_offenders, load_pairs
+from ens.data.folders import Pair, describe_images, load_pairs
 from ens.data.images import (
     Fingerprint,
     FloatImage,
@@ -24,6 +24,7 @@ from ens.data.images import (
     to_pixels,
     write_photo,
 )
+from ens.data.layouts import DataError, format_offenders
 from ens.data.tasks import Task
 
 Bytes = NDArray[np.uint8]
@@ -134,10 +135,11 @@ class ValidationImage:
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Images in a fixed order, and the fingerprint of the pixels they were made of."""
+    """Images in a fixed order, the fingerprint of the pixels they were made of, and in words where they are from."""
 
     images: tuple[ValidationImage, ...]
     fingerprint: Fingerprint
+    origin: str = ""
 
     def sorted_by_content(self) -> ValidationSet:
         """The same images in an order that no file name has a part in: figures are paired by position."""
@@ -159,22 +161,24 @@ def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, cr
     if crop_px is None and crops_per_image > 1:
         raise ValueError(f"crops_per_image is {crops_per_image}, but there is no crop_px; say how large the crops are")
     pairs = load_pairs(folder, scale=task.scale, channels=channels, limit=limit, studio=task.studio)
+    origin = describe_images(folder, pairs, scale=task.scale, degradation=task.degradation)
     if crop_px is not None:
         if crop_px < 8 * task.scale:
             raise ValueError(f"crop_px is at least {8 * task.scale}, got {crop_px}")
-        pairs = _crop_all(pairs, crop_px // (8 * task.scale) * 8 * task.scale, task.scale, crops_per_image)
+        pairs = _crop_all(pairs, crop_px, task.scale, crops_per_image)
     images = tuple(_degrade_whole(pair, task) for pair in pairs)
     pixels = [np.concatenate([image.clean.numpy().ravel(), image.degraded.numpy().ravel()]) for image in images]
     paired = any(pair.degraded is not None for pair in pairs)
     return ValidationSet(images, fingerprint_images([pair.clean for pair in pairs], pixels, paired=paired,
-                                                    seeding="" if paired else task.seeding))
+                                                    seeding="" if paired else task.seeding), origin)
 
 
-def _crop_all(pairs: Sequence[Pair], side: int, scale: int, count: int) -> list[Pair]:
+def _crop_all(pairs: Sequence[Pair], crop_px: int, scale: int, count: int) -> list[Pair]:
     small = [f"{pair.name} is {pair.clean.shape[1]}×{pair.clean.shape[0]}" for pair in pairs
-             if min(pair.clean.shape[:2]) < side]
+             if min(pair.clean.shape[:2]) < crop_px]
     if small:
-        raise DataError(f"crops of {side} px do not fit into {len(small)} images{format_offenders(small)}")
+        raise DataError(f"crops of {crop_px} px do not fit into {len(small)} images{format_offenders(small)}")
+    side = crop_px // (8 * scale) * 8 * scale
     return [crop for pair in pairs for crop in _crop_grid(pair, side, scale, count)]
 
 
@@ -207,8 +211,9 @@ def _degrade_whole(pair: Pair, task: Task) -> ValidationImage:
 
 def degrade_photo(source: Path, target: Path, task: Task) -> Photo:
     """Write the degraded version of one clean photo as the task's validation would have it; returns it as written."""
-    clean = task.prepare(to_float(read_photo(source).pixels))
-    photo = Photo(to_pixels(task.degrade_for_validation(clean).clip(0, 1)))
+    photo = read_photo(source)
+    clean = task.prepare(to_float(photo.pixels))
+    photo = Photo(to_pixels(task.degrade_for_validation(clean).clip(0, 1)), metadata=photo.metadata)
     write_photo(target, photo)
     return photo
 

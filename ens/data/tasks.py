@@ -40,6 +40,8 @@ class Task(ABC):
 
     name: ClassVar[str]
     protocol_name: ClassVar[str]
+    degradation: ClassVar[str]
+    """What makes degraded images, in a few words."""
     other_protocols: ClassVar[tuple[str, ...]] = ()
     studio: ClassVar[bool] = False
     """Whether one channel means studio luma, as the protocol has it, instead of full-range gray."""
@@ -86,6 +88,7 @@ class Denoise(Task):
 
     name: ClassVar[str] = "denoise"
     protocol_name: ClassVar[str] = "denoise-color-awgn"
+    degradation: ClassVar[str] = "white Gaussian noise"
     seeding: ClassVar[str] = "seed 0 for each"
     sigma_255: float | Range = 25.0
     validation_sigma_255: float | None = None
@@ -113,6 +116,7 @@ class Derain(Task):
 
     name: ClassVar[str] = "derain"
     protocol_name: ClassVar[str] = "derain-y"
+    degradation: ClassVar[str] = "synthetic rain"
     seeding: ClassVar[str] = "seeded by content"
     angle_deg: Range = (-25.0, 25.0)
     length_px: Range = (12.0, 50.0)
@@ -136,6 +140,7 @@ class Deblur(Task):
 
     name: ClassVar[str] = "deblur"
     protocol_name: ClassVar[str] = "deblur-rgb"
+    degradation: ClassVar[str] = "synthetic motion blur"
     seeding: ClassVar[str] = "seeded by content"
     length_px: Range = (5.0, 30.0)
     shake: float = 0.15
@@ -159,6 +164,7 @@ class SuperResolve(Task):
 
     name: ClassVar[str] = "sr"
     protocol_name: ClassVar[str] = "sr-y"
+    degradation: ClassVar[str] = "low resolution by MATLAB-like bicubic"
     other_protocols: ClassVar[tuple[str, ...]] = ("sr-rgb",)
     upscale: int = 4
 
@@ -184,6 +190,7 @@ class SuperResolveJpeg(Task):
 
     name: ClassVar[str] = "csr"
     protocol_name: ClassVar[str] = "csr-y"
+    degradation: ClassVar[str] = "low resolution by MATLAB-like bicubic, then JPEG"
     upscale: int = 4
     quality: int = 10
 
@@ -218,6 +225,7 @@ class Jpeg(Task):
 
     name: ClassVar[str] = "jpeg"
     protocol_name: ClassVar[str] = "jpeg-y"
+    degradation: ClassVar[str] = "JPEG"
     studio: ClassVar[bool] = True
     quality: int = 10
 
