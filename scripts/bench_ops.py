@@ -23,6 +23,7 @@ from typing import Any
 
 import onnxruntime
 import torch
+from onnx_ir.passes.common import InlinePass
 from torch import Tensor, nn
 
 import ens.ops.scan_op
@@ -386,6 +387,7 @@ def open_block(block: nn.Module, channels: int, threads: int) -> Callable[[Any],
         program = torch.onnx.export(block, (torch.randn(1, channels, 48, 64),), dynamo=True, dynamic_shapes=(dynamic,),
                                     opset_version=OPSET, verbose=False, optimize=False)
     assert program is not None
+    InlinePass()(program.model)
     simplify_graph(program.model)
     tidy_graph(program.model)
     options = onnxruntime.SessionOptions()

@@ -31,6 +31,9 @@ from ens.networks.steps import Network
 OPSET = 20
 """GELU is one operator from here on; below it ONNX Runtime is a tenth slower, above it is not faster (measured)."""
 _LARGEST_SIDE = 65536
+_EXAMPLE_PX = (640, 1152)
+"""Sides of the traced image: different ones, and so large that windows of 32 pixels in the deepest level are different
+numbers above 1 too. What is 1 in the example, or equal, a tracer may take to be so always."""
 _RULES = (rules.reshape_reshape_rule, rules.transpose_transpose_rule, rules.unsqueeze_unsqueeze_rule,
           rules.no_op_transpose_rule, rules.no_op_cast_rule, rules.no_op_expand_rule, rules.cast_cast_rule,
           rules.collapse_slice_rule, rules.collapse_slice2_rule, rules.slice_split_rule,
@@ -83,23 +86,26 @@ def _trace(network: Network, kinds: Sequence[Sequence[Block]], on_event: Callabl
         with contextlib.redirect_stdout(stdout):
             on_event(line)
 
-    # Two different sides above 1, so that the exporter takes neither for a constant nor one for the other.
-    example = torch.zeros(1, network.in_channels, 6, multiple, 8, multiple)
+    height, width = (max(least, side // multiple) for least, side in zip((6, 9), _EXAMPLE_PX, strict=True))
+    example = torch.zeros(1, network.in_channels, height, multiple, width, multiple)
     units = {axis: Dim(name, min=1, max=_LARGEST_SIDE // multiple) for axis, name in ((2, "h"), (4, "w"))}
     with torch.no_grad(), _hushed(), marked(network, kinds, say):
-        program = torch.onnx.export(_Restore(network).eval(), (example,), dynamo=True, opset_version=OPSET,
-                                    dynamic_shapes={"image": units}, input_names=["image"], output_names=["restored"],
-                                    verbose=False, optimize=False)
-    assert program is not None
-    return program.model
+        # Left to the exporter, a side that it cannot prove something of becomes a constant without a word.
+        program = torch.export.export(_Restore(network).eval(), (example,), dynamic_shapes={"image": units},
+                                      strict=False, prefer_deferred_runtime_asserts_over_guards=True)
+        say("export: writing the graph in ONNX operators")
+        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, input_names=["image"],
+                                     output_names=["restored"], verbose=False, optimize=False)
+    assert exported is not None
+    return exported.model
 
 
 def _join_units(graph: ir.Graph, multiple: int) -> None:
     """Make the input (1, C, H, W) again: the reshape goes, and a unit is a side divided by the multiple."""
     (units,) = graph.inputs
     (reshape,) = (node for node in units.consumers() if node.op_type == "Reshape")
-    joined = reshape.outputs[0]
-    image = ir.Value(name=units.name, shape=joined.shape, type=units.type)
+    assert units.shape is not None
+    image = ir.Value(name=units.name, shape=ir.Shape([1, units.shape[1], "height", "width"]), type=units.type)
     divisor = ir.Value(name="size_multiple", const_value=ir.tensor(np.array([multiple], np.int64)))
     graph.register_initializer(divisor)
     for node in list(units.consumers()):

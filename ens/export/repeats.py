@@ -180,7 +180,7 @@ def copy_blocks(graph: ir.Graph, kinds: Sequence[Sequence[Block]]) -> None:
         for name, value in weights.items():
             value.const_value = TorchTensor(first.tensors()[name].detach(), name=value.name)
         for mark in (enter, leave):
-            replace_node(graph, mark, mark.inputs[0])
+            replace_node(graph, mark, _read(mark))
 
 
 def _view_body(graph: ir.Graph, inputs: Sequence[ir.Value], leave: ir.Node) -> ir.GraphView:
@@ -195,7 +195,7 @@ def _view_body(graph: ir.Graph, inputs: Sequence[ir.Value], leave: ir.Node) -> i
             nodes.append(node)
             inside.update(node.outputs)
             read.update(dict.fromkeys(value for value in values if value not in inside))
-    return ir.GraphView(list(read), [leave.inputs[0]], nodes=nodes)
+    return ir.GraphView(list(read), [_read(leave)], nodes=nodes)
 
 
 def _list_inputs(node: ir.Node) -> Iterator[ir.Value]:
@@ -208,6 +208,12 @@ def _list_inputs(node: ir.Node) -> Iterator[ir.Value]:
             yield from inner.outputs
 
 
+def _read(mark: ir.Node) -> ir.Value:
+    (value,) = mark.inputs
+    assert value is not None
+    return value
+
+
 def _add_weight(graph: ir.Graph, name: str, like: ir.Value, tensor: Tensor) -> ir.Value:
     value = ir.Value(name=name, shape=like.shape, type=like.type, const_value=TorchTensor(tensor.detach(), name=name))
     graph.register_initializer(value)
@@ -217,7 +223,7 @@ def _add_weight(graph: ir.Graph, name: str, like: ir.Value, tensor: Tensor) -> i
 def _insert_copy(graph: ir.Graph, mark: ir.Node, body: ir.GraphView, weights: Sequence[ir.Value]) -> None:
     """A copy of `body` on the mark's input and these weights, in the mark's place."""
     clone = body.clone()
-    given = [mark.inputs[0], *weights, *body.inputs[1 + len(weights):]]
+    given = [_read(mark), *weights, *body.inputs[1 + len(weights):]]
     for value, outer in zip(clone.inputs, given, strict=True):
         value.replace_all_uses_with(outer)
     output, nodes = clone.outputs[0], list(clone)
