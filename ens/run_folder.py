@@ -34,8 +34,9 @@ from ens.networks import create_network
 from ens.networks.slots import build_space
 from ens.networks.steps import Network, SlotSpec, create_filling
 from ens.objectives import find_objectives
-from ens.pareto.archive import Archive, acquire_lock, mark_invalid, open_archive, read_archive, record_tuned
+from ens.pareto.archive import Archive, mark_invalid, open_archive, read_archive, record_tuned
 from ens.pareto.baseline import Baseline
+from ens.pareto.storage import acquire_lock
 from ens.pareto.selection import Front, nearest_members, pick_genotype, select_front
 from ens.space import Choice, Genotype, SearchSpace, format_genotype
 

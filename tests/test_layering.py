@@ -13,8 +13,9 @@ ORDER = ("space", "objectives", "atomic", "shortage", "ops", "blocks", "networks
          "pareto", "export", "runtime", "config", "run_folder", "pipeline", "console", "cli")
 ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage": set(), "ops": {"ops"}, "data": {"data", "atomic"},
            **{name: {name, "space", "objectives", "atomic"} for name in ("search", "pareto")}}
+ISLANDS["pareto"] |= {"shortage"}
 PRINT = {"cli", "console"}
-TOUCH_FILES = {"atomic", "networks.checkpoints", "data.images", "distill.library", "pareto.archive", "pareto.report",
+TOUCH_FILES = {"atomic", "networks.checkpoints", "data.images", "distill.library", "pareto.storage", "pareto.report",
                "export.hybrid", "export.formats", "export.onnx", "runtime.session", "config",
                "ops.native"}  # which looks whether its own compiled file can be loaded
 FILE_CALLS = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "unlink", "mkdir", "rename",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,9 +76,9 @@ class Front:
 def is_below_input(measurement: Measurement, baseline: Baseline | None) -> bool:
     """Whether a measurement's mean PSNR, fine-tuned where it has been, is below that of the degraded input."""
     psnr_db = measurement.psnr_db_tuned or measurement.psnr_db
-    if baseline is None or baseline.input_mean_db is None or not psnr_db:
+    if baseline is None or not baseline.input_psnr_db or not psnr_db:
         return False
-    return statistics.fmean(psnr_db) < baseline.input_mean_db
+    return psnr_drop_db(teacher_psnr_db=baseline.input_psnr_db, psnr_db=psnr_db) > 0
 
 
 def exceeded_costs(measurement: Measurement, teacher: Mapping[str, float]) -> tuple[str, ...]:
