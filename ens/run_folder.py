@@ -23,8 +23,9 @@ from ens.config import ConfigError, StudyConfig, TrainConfig, check_same_run, du
 from ens.data.folders import load_pairs
 from ens.data.pairs import Patches, ValidationSet, load_validation_set
 from ens.data.tasks import Task, create_task
-from ens.distill.fit import Phase, Recipe, choose_device
+from ens.distill.fit import choose_device
 from ens.distill.library import Library, LibraryError, create_library, open_library
+from ens.distill.recipe import Phase, Recipe
 from ens.evaluate.cost import CostTable, build_cost_table
 from ens.evaluate.evaluator import Evaluator, Judge, list_input_psnr_db, list_psnr_db
 from ens.evaluate.meters import Meter, build_meters
@@ -36,8 +37,8 @@ from ens.networks.steps import Network, SlotSpec, create_filling
 from ens.objectives import find_objectives
 from ens.pareto.archive import Archive, mark_invalid, open_archive, read_archive, record_tuned
 from ens.pareto.baseline import Baseline
-from ens.pareto.storage import acquire_lock
 from ens.pareto.selection import Front, nearest_members, pick_genotype, select_front
+from ens.pareto.storage import acquire_lock
 from ens.space import Choice, Genotype, SearchSpace, format_genotype
 
 RUN_FILE = "study.yaml"

@@ -9,11 +9,11 @@ import tomllib
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ens"
-ORDER = ("space", "objectives", "atomic", "shortage", "ops", "blocks", "networks", "data", "distill", "evaluate", "search",
-         "pareto", "export", "runtime", "config", "run_folder", "pipeline", "console", "cli")
-ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage": set(), "ops": {"ops"}, "data": {"data", "atomic"},
-           **{name: {name, "space", "objectives", "atomic"} for name in ("search", "pareto")}}
-ISLANDS["pareto"] |= {"shortage"}
+ORDER = ("space", "objectives", "atomic", "shortage", "ops", "blocks", "networks", "data", "distill", "evaluate",
+         "search", "pareto", "export", "runtime", "config", "run_folder", "pipeline", "console", "cli")
+ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage": set(), "ops": {"ops"},
+           "data": {"data", "atomic"}, "search": {"search", "space", "objectives", "atomic"},
+           "pareto": {"pareto", "space", "objectives", "atomic", "shortage"}}
 PRINT = {"cli", "console"}
 TOUCH_FILES = {"atomic", "networks.checkpoints", "data.images", "distill.library", "pareto.storage", "pareto.report",
                "export.hybrid", "export.formats", "export.onnx", "runtime.session", "config",

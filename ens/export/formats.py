@@ -27,7 +27,7 @@ class ExportError(RuntimeError):
 
 
 class ParityError(ExportError):
-    """An exported file that runs, and does not reproduce its network: the only failure that weights may be to blame for."""
+    """A file that runs and does not reproduce its network: the one failure that weights may be to blame for."""
 
 
 @dataclass(frozen=True)

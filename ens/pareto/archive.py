@@ -257,7 +257,8 @@ def record_tuned(storage: str | Path, genotype: Genotype, *, recipe: str, psnr_d
         trials.close()
     read_space(study.user_attrs[_MANIFEST]).check(genotype)
     study.set_user_attr(f"{_TUNED}{format_genotype(genotype)}:{recipe}",
-                        {"psnr_db": to_json(psnr_db), "report": dict(zip(report, to_json(report.values()), strict=True))})
+                        {"psnr_db": to_json(psnr_db),
+                         "report": dict(zip(report, to_json(report.values()), strict=True))})
 
 
 @contextmanager
@@ -271,7 +272,7 @@ def _named(storage: str | Path) -> Iterator[None]:
         if is_shortage(error):
             raise
         if "database is locked" in str(error):
-            raise ArchiveLocked(f"{printed_storage(storage)} is being written by another process; wait for it") from None
+            raise ArchiveLocked(f"{printed_storage(storage)} is being written by another process; wait") from None
         raise ArchiveDamaged(storage, reason_of(error)) from error
 
 

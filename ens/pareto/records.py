@@ -138,8 +138,8 @@ def read_tuned(stored: Mapping[str, Any]) -> dict[Genotype, tuple[Tuned, ...]]:
         genotype, _, recipe = key.partition(":")
         try:
             read = _Tuned.model_validate(result)
-            tuned = Tuned(recipe, read.psnr_db, {name: read.report[name] for name in REPORT_KEYS if name in read.report})
-            found.setdefault(read_genotype(genotype), []).append(tuned)
+            report = {name: read.report[name] for name in REPORT_KEYS if name in read.report}
+            found.setdefault(read_genotype(genotype), []).append(Tuned(recipe, read.psnr_db, report))
         except ValueError as error:
             raise ValueError(f"a fine-tuned result is damaged ({explain(error)})") from None
     return {genotype: tuple(sorted(results, key=lambda result: (-result.mean_db, result.recipe)))

@@ -21,7 +21,7 @@ class ArchiveDamaged(ValueError):
 
     def __init__(self, storage: str | Path, reason: str) -> None:
         advice = ("" if sqlite_path(storage) is None else
-                  ". Put a copy of it back, or search again in another run folder: library and teacher may be given to it")
+                  ". Put a copy of it back, or search again in another run folder")
         super().__init__(f"{printed_storage(storage)} cannot be opened as an archive: {reason}{advice}")
 
 
@@ -49,7 +49,7 @@ def holds_study_tables(path: Path) -> bool:
         names = {name for name, in connection.execute("select name from sqlite_master where type = 'table'")}
     if names and "studies" not in names:
         raise ValueError(f"it is a database of something else, with tables {', '.join(sorted(names)[:5])}")
-    return _TABLES <= names
+    return names >= _TABLES
 
 
 # What a study is read from; Optuna makes more.
