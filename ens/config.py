@@ -306,7 +306,10 @@ def find_study(name: str) -> Path:
 
 
 def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
-    """`search.budget=40` -> {"search": {"budget": 40}}; raises ConfigError for what has no key and value."""
+    """`search.budget=40` -> {"search": {"budget": 40}}, folders relative to the working directory.
+
+    Raises ConfigError for what has no key and value.
+    """
     tree: dict[str, Any] = {}
     for change in changes:
         key, equals, text = change.partition("=")
@@ -322,7 +325,8 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
             branch = branch.setdefault(section, {})
             if not isinstance(branch, dict):
                 raise ConfigError(f"--set {key}: {section} was set to {branch!r} before")
-        branch[last] = value
+        # What is typed is relative to where it is typed; what a file says, to the file.
+        branch[last] = _resolve(value, Path.cwd()) if last in _LOCATIONS and isinstance(value, str) else value
     return tree
 
 

@@ -16,8 +16,8 @@ ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage":
            "data": {"data", "atomic"}, "search": {"search", "space", "objectives", "atomic"},
            "pareto": {"pareto", "space", "objectives", "atomic", "shortage"}}
 PRINT = {"cli", "console"}
-TOUCH_FILES = {"atomic", "networks.checkpoints", "data.images", "data.sizes", "distill.library", "pareto.storage", "pareto.report",
-               "export.hybrid", "export.formats", "export.onnx", "runtime.session", "config",
+TOUCH_FILES = {"atomic", "networks.checkpoints", "data.images", "data.sizes", "distill.library", "pareto.storage",
+               "pareto.report", "export.hybrid", "export.formats", "export.onnx", "runtime.session", "config",
                "ops.native"}  # which looks whether its own compiled file can be loaded
 FILE_CALLS = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "unlink", "mkdir", "rename",
               "rmtree", "safe_open", "save_file", "load_file", "imread", "imwrite", "write_html"}
