@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
-from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.style import StyleType
 from rich.table import Table
@@ -47,8 +47,7 @@ def say(text: str) -> None:
 
 def show(table: Table) -> None:
     """A table of the result; no word of it is cut, however narrow the terminal is."""
-    needed = Measurement.get(_out, _out.options, table).minimum
-    _out.print(table, width=max(_out.width, needed), crop=False, no_wrap=False, soft_wrap=False)
+    _out.print(table, crop=False)
 
 
 def complain(text: str) -> None:
@@ -57,11 +56,14 @@ def complain(text: str) -> None:
 
 
 class _Table(Table):
-    """Cells are text, whatever is in them."""
+    """Cells are text, whatever is in them; a column is as wide as its longest word at least."""
 
     def add_row(self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False) -> None:
-        super().add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in cells), style=style,
-                        end_section=end_section)
+        texts = [printable(cell) if isinstance(cell, str) else cell for cell in cells]
+        super().add_row(*texts, style=style, end_section=end_section)
+        for column, text in zip(self.columns, texts, strict=False):
+            words = f"{column.header} {text}".split()
+            column.min_width = max([column.min_width or 0, *map(cell_len, words)])
 
 
 @contextmanager
