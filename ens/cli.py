@@ -300,6 +300,8 @@ def erf(run: Run, slot: Annotated[str, typer.Option(help="Slot to look into, for
     from ens.evaluate.receptive_field import energy_side_px
 
     target = target or run / f"erf_{slot}.png"
+    if target.suffix.lower() != ".png":
+        raise ValueError(f"the picture is a PNG; {target} has another suffix")
     rows = pipeline.inspect_erf(_open(run), slot, target)
     table = make_table(("choice", "state"), ("50 % px", "95 % px"))
     for choice, states in rows.items():

@@ -123,7 +123,7 @@ def finetune(run: RunFolder, pick: str = "knee", control: Control = QUIET) -> Ge
             remove_state(path.with_suffix(".pt"))
         else:
             _tune(run, genotype, path, control)
-        tuned[genotype] = float(read_facts(path)["psnr_db_after"])
+        tuned[genotype] = run.tuned_psnr_db(path)
     return max(tuned, key=lambda genotype: tuned[genotype])
 
 

@@ -22,7 +22,7 @@ from ens.config import ConfigError, StudyConfig, check_same_run, dump_study, loa
 from ens.distill.blockwise import create_surrogate
 from ens.evaluate.evaluator import Evaluator, list_input_psnr_db, list_psnr_db
 from ens.export.hybrid import HybridFiles, load_hybrid, read_facts
-from ens.networks.checkpoints import remove_state
+from ens.networks.checkpoints import CheckpointError, remove_state
 from ens.networks.steps import Network
 from ens.objectives import mean_psnr_db
 from ens.opened_study import OpenedStudy
@@ -210,6 +210,13 @@ class RunFolder(OpenedStudy):
     def tuned_path(self, genotype: Genotype) -> Path:
         """Where a genotype goes that is fine-tuned by the study's recipe."""
         return self.hybrids.tuned(genotype, self.recipe(self.study.finetune).key)
+
+    def tuned_psnr_db(self, path: Path) -> float:
+        """Mean validation PSNR in dB that a fine-tuned file reports; raises CheckpointError for another file."""
+        try:
+            return float(read_facts(path)["psnr_db_after"])
+        except KeyError:
+            raise CheckpointError(path, "reports no fine-tuning; move it away, and it is tuned anew") from None
 
     def best_tuned(self, genotype: Genotype) -> Path | None:
         """File of the best fine-tuning of a genotype by validation PSNR; None where there is none."""

@@ -18,9 +18,12 @@ import time
 from pathlib import Path
 
 import optuna
+from safetensors.torch import load_file
 
 from ens.data.folders import find_pairs
 from ens.distill.library import open_library
+from ens.export.hybrid import read_facts
+from ens.networks.checkpoints import hash_weights
 from ens.pareto.archive import read_archive
 
 STUDY = """
@@ -73,7 +76,9 @@ def describe(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
-        if path.suffix in (".safetensors", ".csv", ".md", ".png", ".yaml", ".onnx"):
+        if path.suffix == ".safetensors":  # which keeps its metadata in another order in every process
+            found[name] = (read_facts(path), hash_weights(load_file(path)))
+        elif path.suffix in (".csv", ".md", ".png", ".yaml", ".onnx"):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name == "archive.db":
             archive = read_archive(path)

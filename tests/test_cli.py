@@ -19,7 +19,7 @@ from ens.config import StudyConfig, TrainConfig, load_study
 from ens.data.folders import find_pairs
 from ens.networks import create_network
 from ens.networks.checkpoints import save_checkpoint
-from ens.pareto.archive import open_archive
+from ens.pareto.archive import mark_invalid, open_archive
 from ens.run_folder import RunFolder
 from ens.runtime.process import Control, Interrupted, Stop
 from ens.shortage import is_disk_error
@@ -140,6 +140,7 @@ def test_changes_reach_the_study(run_cli: Callable[..., int], monkeypatch: pytes
     (("search", "demo", "--out", "x", "--set", "budget"), "KEY=VALUE"),
     (("search", "demo", "--out", "x", "--set", "seed=1", "--set", "seed.x=1"), "seed was set to 1"),
     (("pareto", "no/run"), "not a run folder"),
+    (("inspect", "erf", "no/run", "--slot", "latent", "--out", "x.jpg"), "is a PNG; x.jpg has another"),
     (("evaluate", "--checkpoint", "x.onnx", "--data", "d", "--task", "dehaze"), "no task 'dehaze'"),
 ])
 def test_wrong_input_names_what_is_allowed(run_cli: Callable[..., int], capsys: pytest.CaptureFixture[str],
@@ -211,6 +212,12 @@ def test_a_read_only_run_still_prints_its_front(
     output = capsys.readouterr()
     assert "1 genotypes measured" in output.out and "0-0-0-0-0-0-0-0" in output.out and not before.exists()
     assert f"ens pareto '{run.path}'" in output.err
+    mark_invalid(run.storage, run.space.teacher, "it is green")
+    assert run_cli("pareto", str(run.path)) == 1 and "has “it is green”" in capsys.readouterr().err
+    assert run_cli("pareto", str(run.path), "--unmark", "0-0-0-0-0-0-0-0") == 74
+    assert "1 genotypes measured, 1 on the front, 0 invalid" in capsys.readouterr().out
+    assert run_cli("pareto", str(run.path), "--unmark", "0-0-0-0-0-0-0-0") == 1
+    assert "is not marked" in capsys.readouterr().err
 
 
 def test_printed_commands_are_quoted_for_the_shell(run_cli: Callable[..., int], tmp_path: Path,
