@@ -180,7 +180,7 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no study file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold keys and values, for instance `name: my_study`")
@@ -306,7 +306,7 @@ def find_study(name: str) -> Path:
 
 
 def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
-    """`search.budget=40` -> {"search": {"budget": 40}}; raises ConfigError for what has no key and value."""
+    """`search.budget=40` -> {"search": {"budget": 40}}, locations absolute; ConfigError where key or value lacks."""
     tree: dict[str, Any] = {}
     for change in changes:
         key, equals, text = change.partition("=")
@@ -322,7 +322,8 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
             branch = branch.setdefault(section, {})
             if not isinstance(branch, dict):
                 raise ConfigError(f"--set {key}: {section} was set to {branch!r} before")
-        branch[last] = value
+        # What is typed is relative to where it is typed; what a file says, to the file.
+        branch[last] = _resolve(value, Path.cwd()) if last in _LOCATIONS and isinstance(value, str) else value
     return tree
 
 

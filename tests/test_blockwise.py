@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from ens.distill.blockwise import create_surrogate, distill_library
-from ens.distill.fit import ResumeMismatch
 from ens.distill.library import Library, LibraryError, create_library, open_library
+from ens.distill.resume import DamagedState, ResumeMismatch
 from ens.networks import create_network
 from ens.networks.checkpoints import hash_weights
 from ens.networks.steps import Network, create_filling
@@ -83,6 +85,43 @@ def test_an_unfinished_distillation_is_not_continued_with_another_recipe(tmp_pat
     distill(network, library, stop_after=2)
     with pytest.raises(ResumeMismatch, match="another configuration"):
         distill(network, library, lr=1e-4)
+
+
+@pytest.mark.parametrize("group_size", [64, 3])
+@pytest.mark.parametrize("stored", range(1, 5))
+def test_a_kill_while_a_group_is_stored_ends_with_the_same_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                   group_size: int, stored: int) -> None:
+    """Also right after the last of a group was stored, before its state was removed."""
+    network = teacher()
+    whole, killed = (create_library(tmp_path / name, network, task="t", recipe={}) for name in ("whole", "killed"))
+    assert distill(network, whole, group_size=group_size)
+    store, counted = Library.store, itertools.count(1)
+
+    def dies(self: Library, *arguments: Any, **options: Any) -> None:
+        store(self, *arguments, **options)
+        if next(counted) == stored:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Library, "store", dies)
+        distill(network, killed, group_size=group_size)
+    assert (tmp_path / "killed" / "training.pt").exists()
+    again = open_library(tmp_path / "killed")
+    assert distill(network, again, group_size=group_size)
+    assert again.surrogates == whole.surrogates and not (tmp_path / "killed" / "training.pt").exists()
+
+
+def test_a_damaged_state_is_named_and_told_to_begin_again(tmp_path: Path) -> None:
+    network = teacher()
+    library = create_library(tmp_path / "lib", network, task="t", recipe={})
+    distill(network, library, stop_after=2)
+    path = library.root / "training.pt"
+    state = torch.load(path, weights_only=True)
+    key = next(iter(state["pupils"]))
+    for changed in ({"done": None}, {"pupils": [1]}, {"pupils": {**state["pupils"], key: {"params": {}}}},
+                    {"pupils": {**state["pupils"], key: {"params": {}, "skipped": 0, "optimizer": {}}}}):
+        torch.save({**state, **changed}, path)
+        with pytest.raises(DamagedState, match=r"training\.pt.* is damaged .*--restart begins this training again"):
+            distill(network, library)
 
 
 def test_a_diverging_choice_is_marked_failed_and_the_others_go_on(tmp_path: Path,

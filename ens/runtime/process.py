@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import signal
 import sys
 from collections.abc import Callable
@@ -11,12 +10,12 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from ens.shortage import is_disk_error, is_memory_error
+
 if TYPE_CHECKING:
     from ens.distill.fit import Progress
 
 EXIT_FAILED, EXIT_DISK = 1, 74
-_DISK_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-_DISK_WORDS = ("disk is full", "readonly database", "No space left")
 
 
 def keep_freed_memory() -> None:
@@ -97,18 +96,13 @@ class Stop:
 
 def describe_error(error: Exception, command: str) -> tuple[str, int]:
     """One sentence for whatever went wrong, and the exit code; `command` is what continues the work."""
-    if is_disk_error(error):
-        return (f"the disk is full or read-only ({error}); what is done is kept. Make room, then: {command}", EXIT_DISK)
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-    if not isinstance(error, ValueError | KeyError | RuntimeError | OSError | ImportError | MemoryError):
+    if is_disk_error(error):
+        return (f"the disk is full, read-only or closed to you ({text}); what is done is kept. Make room or give way, "
+                f"then: {command}", EXIT_DISK)
+    if is_memory_error(error):
+        text = text or type(error).__name__
+        return f"memory ran out ({text}); what is done is kept. To continue: {command}", EXIT_FAILED
+    if not isinstance(error, ValueError | KeyError | RuntimeError | OSError | ImportError):
         text = f"unexpected {type(error).__name__}: {text}; ENS_TRACEBACK=1 shows where, please report it"
     return text, EXIT_FAILED
-
-
-def is_disk_error(error: BaseException | None) -> bool:
-    """Whether a full or read-only disk is behind an error, however many libraries have wrapped it."""
-    while error is not None:
-        if getattr(error, "errno", None) in _DISK_ERRNO or any(word in str(error) for word in _DISK_WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
