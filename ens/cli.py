@@ -216,7 +216,8 @@ def restore(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Image, or folder of images.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Image or folder to write.")],
     tile: Annotated[int | None, typer.Option(metavar="PX", min=1, help="Work in tiles of this size.")] = None,
-    tile_overlap: Annotated[int, typer.Option(metavar="PX", min=0, help="Overlap of the tiles.")] = 32,
+    tile_overlap: Annotated[int | None, typer.Option(metavar="PX", min=0, help=(
+        "Overlap of the tiles: 32, or half of a smaller tile, unless given."))] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", help="Threads of the runtime.")] = None,
 ) -> None:
     """Restore an image, or every image of a folder."""

@@ -33,11 +33,12 @@ class ParityError(ExportError):
 @dataclass(frozen=True)
 class OpenedFile:
     """`run` maps (1, channels, H, W), sides multiples of the size multiple, as `Network.restore` does; `metadata` is
-    what `write_checked` put in.
+    what `write_checked` put in. `release` gives back the memory that the runtime keeps from one run to the next.
     """
 
     run: Callable[[Tensor], Tensor]
     metadata: dict[str, str]
+    release: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def _write_onnx(network: Network, path: Path, metadata: Mapping[str, str], on_ev
 
 
 def _open_onnx(path: Path, threads: int | None) -> OpenedFile:
-    from ens.export.onnx import open_onnx, run_onnx
+    from ens.export.onnx import open_onnx, release_onnx, run_onnx
 
     session, metadata = open_onnx(path, threads)
-    return OpenedFile(lambda image: run_onnx(session, image), metadata)
+    return OpenedFile(lambda image: run_onnx(session, image), metadata, lambda: release_onnx(session))
 
 
 FORMATS: dict[str, Format] = {

@@ -22,13 +22,23 @@ def keep_freed_memory() -> None:
     """Let glibc keep what tensors free instead of returning every page to the kernel and faulting it in again.
 
     Large activations are otherwise mapped afresh for each operator: Restormer's forward on a 480×320 photo took 2.5
-    times as long. Other C libraries have no mallopt and need none.
+    times as long. Other C libraries have no mallopt and need none. Under a limit (`ulimit -v`, `-d`) nothing is kept:
+    large arrays would find only pieces of what is free.
     """
+    if sys.platform == "linux" and _is_memory_limited():
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         m_trim_threshold, m_mmap_max = -1, -4
         mallopt(m_trim_threshold, 2**31 - 1)
         mallopt(m_mmap_max, 0)
+
+
+def _is_memory_limited() -> bool:
+    import resource  # Unix only
+
+    return any(resource.getrlimit(kind)[0] != resource.RLIM_INFINITY
+               for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
 
 
 class Interrupted(RuntimeError):

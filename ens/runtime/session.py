@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from ens.data.degradations import resize_bicubic
 from ens.data.images import (
     ImageError,
     Photo,
     Pixels,
+    check_writable,
     list_images,
+    list_skipped,
+    name_output,
     read_photo,
+    show_name,
     to_float,
     to_pixels,
     write_photo,
 )
+from ens.export.failures import first_line, translating
 from ens.export.formats import FORMATS
 from ens.export.hybrid import open_network, read_facts
 from ens.networks.checkpoints import reject_impostors
-from ens.runtime.tiling import Restore, restore_padded, restore_within_memory
+from ens.runtime.tiling import Restore, Tiles, fit_tiles, restore_padded, restore_within_memory
+from ens.shortage import is_memory_error
 from ens.space import BUILTIN
 
 
@@ -32,10 +38,15 @@ class SessionError(ValueError):
     """A file that cannot be opened for restoring; the message names the file and the reason."""
 
 
+_STRIP_PX = 64
+"""Rows that are rounded to integers at a time."""
+
+
 @dataclass(frozen=True)
 class Session:
     """An opened network. `run` maps (1, channels, H, W) in [0, 1], H and W multiples of `size_multiple`, to
-    (1, channels, H·upscale, W·upscale); `facts` is what the file says of itself.
+    (1, channels, H·upscale, W·upscale); `facts` is what the file says of itself. `release` gives back the memory
+    that the runtime keeps from one run to the next.
     """
 
     run: Restore
@@ -43,12 +54,13 @@ class Session:
     upscale: int
     channels: int
     facts: dict[str, str]
+    release: Callable[[], None] = lambda: None
 
     def restore(self, image: Tensor) -> Tensor:
         """(B, channels, H, W) float32 in [0, 1], any H and W -> (B, channels, H·upscale, W·upscale)."""
-        parts = [restore_padded(self.run, part, size_multiple=self.size_multiple, upscale=self.upscale)
-                 for part in image.split(1)]
-        return torch.cat(parts)
+        with translating():
+            return torch.cat([restore_padded(self.run, part, size_multiple=self.size_multiple, upscale=self.upscale)
+                              for part in image.split(1)])
 
 
 def open_session(path: str | Path, *, threads: int | None = None) -> Session:
@@ -60,29 +72,33 @@ def open_session(path: str | Path, *, threads: int | None = None) -> Session:
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if str(path).startswith(BUILTIN):
-        return _open_weights(path, threads)
-    path = Path(path)
-    opener = _OPENERS.get(path.suffix.lower())
-    if opener is None:
-        raise SessionError(f"{path}: cannot be opened; the suffix is one of {', '.join(_OPENERS)}")
-    return opener(path, threads)
+        session = _open_weights(path, threads)
+    else:
+        path = Path(path)
+        opener = _OPENERS.get(path.suffix.lower())
+        if opener is None:
+            raise SessionError(f"{path}: cannot be opened; the suffix is one of {', '.join(_OPENERS)}")
+        session = opener(path, threads)
+    # OpenMP ends the process where memory is too short for a thread: PyTorch's are started while there is some.
+    torch.zeros(2**20).add_(1)
+    return session
 
 
 def _open_exported(path: Path, threads: int | None) -> Session:
     reject_impostors(path)
     try:
-        opened = FORMATS[path.suffix.lower()].open(path, threads)
-    except MemoryError:
+        with translating():
+            opened = FORMATS[path.suffix.lower()].open(path, threads)
+    except (MemoryError, OSError):
         raise
-    except Exception as error:  # runtimes' errors share no public class
-        reason = str(error).split("\n")[0]
-        raise SessionError(f"{path}: is damaged or is not an {path.suffix} file ({reason})") from None
+    except Exception as error:  # whatever it is, it is in the file
+        raise SessionError(f"{path}: is damaged or is not an {path.suffix} file ({first_line(error)})") from None
     facts = dict(opened.metadata)
     try:
         size_multiple, upscale, channels = (int(facts.pop(key)) for key in ("size_multiple", "upscale", "channels"))
     except (KeyError, ValueError) as error:
         raise SessionError(f"{path}: was not exported by ens (no {error} in its metadata)") from None
-    return Session(opened.run, size_multiple, upscale, channels, facts)
+    return Session(opened.run, size_multiple, upscale, channels, facts, opened.release)
 
 
 def _open_weights(path: Path | str, threads: int | None) -> Session:
@@ -103,61 +119,101 @@ _OPENERS: dict[str, Callable[[Path, int | None], Session]] = {
     **dict.fromkeys((".safetensors", ".pth", ".pt", ".ckpt"), _open_weights)}
 
 
-def restore_photo(session: Session, photo: Photo, *, tile_px: int | None = None, overlap_px: int = 32,
+def restore_photo(session: Session, photo: Photo, *, tile_px: int | None = None, overlap_px: int | None = None,
                   on_event: Callable[[str], None] | None = None) -> Photo:
-    """Restore at the photo's own bit depth. A colour network gets a gray photo as three equal channels, a gray
-    network each colour alone; gray comes back gray. Alpha is carried over (resized where the network upscales).
+    """Restore at the photo's own bit depth, in one piece or in tiles (`fit_tiles`). A colour network gets a gray photo
+    as three equal channels, a gray network each colour alone; gray comes back gray. Alpha is carried over (resized
+    where the network upscales), and so are the metadata.
 
-    Raises ValueError for a network that takes neither one nor three channels.
+    Beside the pixels of the photo and of the result, memory is taken for one row of tiles. Raises ValueError for a
+    network that takes neither one nor three channels, MemoryError where the smallest tile is too much.
     """
+    tiles = None if tile_px is None else fit_tiles(tile_px, overlap_px=overlap_px, size_multiple=session.size_multiple)
+    return _restore(session, photo, tiles, on_event or (lambda line: None))
+
+
+def _restore(session: Session, photo: Photo, tiles: Tiles | None, say: Callable[[str], None]) -> Photo:
     if session.channels not in (1, 3):
         raise ValueError(f"the network takes {session.channels} channels; photos have 1 or 3")
-    image = torch.from_numpy(np.ascontiguousarray(to_float(photo.pixels).transpose(2, 0, 1)))
-    channels = image.shape[0]
-    batch = image[:, None] if session.channels == 1 else image.expand(3, -1, -1)[None]
-    parts = [restore_within_memory(session.run, part, tile_px=tile_px, overlap_px=overlap_px, on_event=on_event,
-                                   size_multiple=session.size_multiple, upscale=session.upscale)
-             for part in batch.split(1)]
-    restored = torch.cat(parts).flatten(0, 1)
-    if channels == 1:
-        restored = restored.mean(0, keepdim=True)
-    pixels = to_pixels(restored.numpy().transpose(1, 2, 0), photo.pixels.dtype.type)
-    return Photo(pixels, _carry_alpha(photo, session.upscale))
+    (height, width, channels), dtype = photo.pixels.shape, photo.pixels.dtype
+    restored = np.empty((height * session.upscale, width * session.upscale, channels), dtype)
+
+    def read(rows: Tensor, columns: Tensor) -> Tensor:
+        pixels = photo.pixels[np.ix_(rows.numpy(), columns.numpy())]
+        return torch.from_numpy(np.ascontiguousarray(to_float(pixels).transpose(2, 0, 1)))[None]
+
+    def run(image: Tensor) -> Tensor:
+        if session.channels == 1:
+            return torch.cat([session.run(colour) for colour in image.split(1, 1)], 1)
+        return session.run(image.expand(-1, 3, -1, -1))
+
+    def write(top: int, rows: Tensor) -> None:
+        if channels == 1:
+            rows = rows.mean(1, keepdim=True)
+        for first in range(0, rows.shape[-2], _STRIP_PX):
+            strip = to_pixels(rows[0, :, first:first + _STRIP_PX].numpy().transpose(1, 2, 0), dtype.type)
+            restored[top + first:top + first + len(strip)] = strip
+
+    restore_within_memory(run, read, write, height=height, width=width, tiles=tiles, on_event=say,
+                          size_multiple=session.size_multiple, upscale=session.upscale, release=session.release)
+    return replace(photo, pixels=restored, alpha=_carry_alpha(photo, session.upscale))
 
 
 def _carry_alpha(photo: Photo, upscale: int) -> Pixels | None:
     if photo.alpha is None or upscale == 1:
         return photo.alpha
-    height, width = photo.alpha.shape
-    resized = resize_bicubic(to_float(photo.alpha)[..., None], height=height * upscale, width=width * upscale)
-    return to_pixels(resized, photo.alpha.dtype.type)[..., 0]
+    return np.asarray(cv2.resize(photo.alpha, None, fx=upscale, fy=upscale, interpolation=cv2.INTER_CUBIC),
+                      photo.alpha.dtype)
 
 
 def restore_files(session: Session, source: str | Path, target: str | Path, *, tile_px: int | None = None,
-                  overlap_px: int = 32, on_event: Callable[[str], None] | None = None,
+                  overlap_px: int | None = None, on_event: Callable[[str], None] | None = None,
                   on_progress: Callable[[int, int, str], None] | None = None) -> list[ImageError]:
     """Restore an image file, or every image of a folder into another under the same names; return the failures.
 
-    A failed image leaves no output and the rest go on. `on_progress` gets (done, total, name). Raises ValueError when
-    a source would be overwritten, FileNotFoundError or ValueError for a folder that is absent or without images.
+    A failed image leaves no output and the rest go on. `on_event` gets a line for what is passed over, not kept or
+    done otherwise than asked, `on_progress` (done, total, name). Raises ValueError for tiles that cannot be or when a
+    source would be overwritten, FileNotFoundError or ValueError for a folder that is absent or without images, OSError
+    where the disk is full.
     """
-    source, target = Path(source), Path(target)
+    source, target, say = Path(source), Path(target), on_event or (lambda line: None)
     paths = list_images(source) if source.is_dir() else [source]
-    if source.is_dir() and target.is_file():
-        raise ValueError(f"{source} is a folder, so the target is one too; {target} is a file")
-    if target.resolve() in (source.resolve(), paths[0].parent.resolve()):
-        raise ValueError(f"{source} would be overwritten; give another target than {target}")
+    _check_target(source, target, paths)
+    tiles = None if tile_px is None else fit_tiles(tile_px, overlap_px=overlap_px, size_multiple=session.size_multiple)
+    if tiles is not None and tiles.tile_px > (tile_px or 0):
+        say(f"tiles of {tiles.tile_px} px instead of {tile_px}: they start at multiples of {tiles.size_multiple} px "
+            f"and overlap by {tiles.overlap_px}")
+    if source.is_dir() and (skipped := list_skipped(source)):
+        say(f"restore: passed over {', '.join(skipped)}")
     into_folder = source.is_dir() or target.is_dir()
     (target if into_folder else target.parent).mkdir(parents=True, exist_ok=True)
     failures = []
     for index, path in enumerate(paths):
         try:
-            photo = restore_photo(session, read_photo(path), tile_px=tile_px, overlap_px=overlap_px, on_event=on_event)
-            write_photo(target / path.name if into_folder else target, photo)
-        except ImageError as error:
-            failures.append(error)
-        except (MemoryError, RuntimeError, ValueError) as error:
-            failures.append(ImageError(path, str(error)))
+            _restore_file(session, path, target / name_output(path) if into_folder else target, tiles, say)
+        except (ImageError, MemoryError, RuntimeError, ValueError) as error:
+            failures.append(_name_failure(path, error))
         if on_progress is not None:
             on_progress(index + 1, len(paths), path.name)
     return failures
+
+
+def _check_target(source: Path, target: Path, paths: list[Path]) -> None:
+    if source.is_dir() and target.is_file():
+        raise ValueError(f"{source} is a folder, so the target is one too; {target} is a file")
+    if target.resolve() in (source.resolve(), paths[0].parent.resolve()):
+        raise ValueError(f"{source} would be overwritten; give another target than {target}")
+
+
+def _restore_file(session: Session, path: Path, target: Path, tiles: Tiles | None, say: Callable[[str], None]) -> None:
+    photo = read_photo(path)
+    check_writable(target, photo, upscale=session.upscale)
+    photo = _restore(session, photo, tiles, say)  # frees the pixels that were read before the new ones are encoded
+    if lost := (*photo.metadata.lost, *write_photo(target, photo)):
+        say(f"{show_name(path.name)}: not kept: {', '.join(lost)}")
+
+
+def _name_failure(path: Path, error: Exception) -> ImageError:
+    if is_memory_error(error):
+        return ImageError(path, f"memory ran out ({first_line(error)})")
+    return error if isinstance(error, ImageError) else ImageError(path, str(error))
