@@ -14,7 +14,8 @@ ORDER = ("space", "objectives", "atomic", "ops", "blocks", "networks", "data", "
 ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "ops": {"ops"}, "data": {"data", "atomic"},
            **{name: {name, "space", "objectives", "atomic"} for name in ("search", "pareto")}}
 PRINT = {"cli", "console"}
-TOUCH_FILES = {"atomic", "networks.checkpoints", "data.images", "distill.library", "pareto.archive", "pareto.report",
+TOUCH_FILES = {"atomic", "networks.checkpoints", "networks.weight_files", "data.images", "distill.library",
+               "pareto.archive", "pareto.report",
                "export.hybrid", "export.formats", "export.onnx", "runtime.session", "config",
                "ops.native"}  # which looks whether its own compiled file can be loaded
 FILE_CALLS = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "unlink", "mkdir", "rename",

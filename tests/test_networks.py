@@ -109,7 +109,7 @@ def test_the_recipe_rebuilds_the_network() -> None:
 def test_wrong_names_list_the_right_ones() -> None:
     with pytest.raises(ValueError, match=r"'restorer' is unknown.*restormer"):
         create_network("restorer")
-    with pytest.raises(ValueError, match=r"no option depth.*num_blocks"):
+    with pytest.raises(ValueError, match=r"no option 'depth'.*num_blocks"):
         create_network("restormer", depth=3)
     with pytest.raises(KeyError, match="encoder_level1"):
         small().slot("encoder")

@@ -392,7 +392,7 @@ def test_a_finished_run_opens_next_to_nothing_when_it_is_run_again(
 
     for place in ("ens.distill.library.hash_weights", "ens.distill.library.load_weights",
                   "ens.distill.library.Library.load_teacher", "ens.distill.library.Library.load_surrogate",
-                  "ens.networks.checkpoints.hash_weights", "ens.networks.checkpoints.read_state",
+                  "ens.networks.checkpoints.hash_weights", "ens.networks.checkpoints.read_weight_file",
                   "ens.data.folders.read_photo", "ens.export.hybrid.load_hybrid"):
         count(place)
     assert pipeline.run_all(RunFolder.start(study, out)) == onnx

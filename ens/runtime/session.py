@@ -23,7 +23,7 @@ from ens.data.images import (
 )
 from ens.export.formats import FORMATS
 from ens.export.hybrid import open_network, read_facts
-from ens.networks.checkpoints import reject_impostors
+from ens.networks.weight_files import reject_impostors
 from ens.runtime.tiling import Restore, restore_padded, restore_within_memory
 from ens.space import BUILTIN
 
