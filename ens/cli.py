@@ -24,6 +24,7 @@ from ens.console import (
     print_evaluation,
     print_front,
     print_tuned,
+    replace_unknown_characters,
     reporting,
     say,
     show,
@@ -62,6 +63,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 
 def main() -> None:
     """Entry point of the `ens` command: one sentence and an exit code for whatever goes wrong."""
+    replace_unknown_characters()
     keep_freed_memory()
     stop.listen()
     command = shlex.join(["ens", *sys.argv[1:]])

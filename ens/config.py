@@ -254,7 +254,7 @@ def study_schema() -> str:
     """JSON schema of a study file (draft 2020-12), for editors that complete YAML."""
     schema = StudyConfig.model_json_schema()
     schema["required"] = ["task"]  # the name is the file's where it is not given
-    return json.dumps(schema, indent=1, ensure_ascii=False)
+    return json.dumps(schema, indent=1)  # escaped: it is printed, in whatever encoding the terminal has
 
 
 def dump_study(study: StudyConfig) -> str:

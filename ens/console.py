@@ -5,7 +5,9 @@ Results go to standard output; progress, remarks and errors to standard error.
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +44,13 @@ def show(table: Table) -> None:
 def complain(text: str) -> None:
     """A line on standard error, as it is."""
     _err.print(text, markup=False, soft_wrap=True)
+
+
+def replace_unknown_characters() -> None:
+    """A terminal or pipe that lacks a character gets a question mark; an error would change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager

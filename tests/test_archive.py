@@ -122,7 +122,7 @@ def test_a_failed_opening_leaves_no_lock(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
-    (tmp_path / "page.db").write_text("<html>not found</html>" * 100)
+    (tmp_path / "page.db").write_text("<html>not found</html>" * 100, encoding="utf-8")
     with pytest.raises(ValueError, match="cannot be opened as an archive: file is not a database"):
         read_archive(tmp_path / "page.db")
     for call in (read_archive, lambda path: mark_invalid(path, (0, 0, 0), "why")):
@@ -325,7 +325,7 @@ def search(path: Path, ledger: Path) -> None:
 
     def evaluate(batch: list[Genotype]) -> Iterator[Measurement]:
         for genotype in batch:
-            with ledger.open("a") as file:
+            with ledger.open("a", encoding="utf-8") as file:
                 file.write(f"{genotype}\n")
             time.sleep(0.005)
             yield Measurement(genotype, {"psnr_drop_db": float(sum(genotype)) ** 2, "macs": 9.0 - genotype[0]})
@@ -360,4 +360,4 @@ def test_kill_9_five_times_then_the_same_archive_as_an_uninterrupted_search(tmp_
 
 
 def _lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0

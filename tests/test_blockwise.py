@@ -160,9 +160,9 @@ def test_a_library_of_the_first_version_with_multiply_adds_still_opens(tmp_path:
 def test_weights_that_do_not_fit_the_manifest_are_refused(tmp_path: Path) -> None:
     network = teacher()
     library = create_library(tmp_path / "lib", network, task="t", recipe={})
-    manifest = json.loads((tmp_path / "lib" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "lib" / "manifest.json").read_text(encoding="utf-8"))
     manifest["teacher"]["sha256"] = "0" * 64
-    (tmp_path / "lib" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "lib" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(LibraryError, match="not the teacher"):
         open_library(tmp_path / "lib").load_teacher()
     (tmp_path / "lib" / "teacher.safetensors").write_bytes(b"torn")
@@ -175,6 +175,6 @@ def test_what_is_no_library_is_named(tmp_path: Path) -> None:
         open_library(tmp_path)
     with pytest.raises(LibraryError, match="does not ship"):
         open_library("builtin:nothing")
-    (tmp_path / "manifest.json").write_text("{")
+    (tmp_path / "manifest.json").write_text("{", encoding="utf-8")
     with pytest.raises(LibraryError, match="damaged"):
         open_library(tmp_path)

@@ -95,7 +95,7 @@ def test_one_bad_file_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
         write_photo(source / name, photo(3, dtype))
     (source / "b.png").write_bytes((source / "a.png").read_bytes()[:60])
     (source / "e.jpg").write_bytes(b"")
-    (source / "notes.txt").write_text("no image")
+    (source / "notes.txt").write_text("no image", encoding="utf-8")
     failures = restore_files(session(), source, target, on_progress=lambda n, total, name: done.append(name))
     assert [error.path.name for error in failures] == ["b.png", "e.jpg"]
     assert done == ["a.png", "b.png", "c.tif", "d.png", "e.jpg"]
