@@ -122,7 +122,7 @@ class Bench:
     def note(self, name: str, other: str, ours: float, theirs: float, ratio: float, bound: str, met: bool) -> None:
         self.rows.append({"what": name, "against": other, "this": round(ours, 3), "other": round(theirs, 3),
                           "ratio": round(ratio, 3), "bound": bound, "met": met if bound else None})
-        print(f"{ratio:8.2f}× {bound:7} {'' if not bound else 'ok  ' if met else 'MISS'} {name}: {ours:.2f}   "
+        print(f"{ratio:8.2f} x {bound:7} {'' if not bound else 'ok  ' if met else 'MISS'} {name}: {ours:.2f}   "
               f"{other}: {theirs:.2f}", flush=True)
 
 
