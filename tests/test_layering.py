@@ -10,13 +10,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ens"
 ORDER = ("space", "objectives", "atomic", "ops", "blocks", "networks", "data", "distill", "evaluate", "search",
-         "pareto", "export", "runtime", "config", "run_folder", "pipeline", "console", "cli")
+         "pareto", "export", "runtime", "yaml_values", "config", "run_folder", "pipeline", "console", "cli")
 ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "ops": {"ops"}, "data": {"data", "atomic"},
            **{name: {name, "space", "objectives", "atomic"} for name in ("search", "pareto")}}
 PRINT = {"cli", "console"}
 TOUCH_FILES = {"atomic", "networks.checkpoints", "networks.weight_files", "data.images", "distill.library",
                "pareto.archive", "pareto.report",
-               "export.hybrid", "export.formats", "export.onnx", "runtime.session", "config",
+               "export.hybrid", "export.formats", "export.onnx", "runtime.session", "yaml_values", "config",
                "ops.native"}  # which looks whether its own compiled file can be loaded
 FILE_CALLS = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "unlink", "mkdir", "rename",
               "rmtree", "safe_open", "save_file", "load_file", "imread", "imwrite", "write_html"}
