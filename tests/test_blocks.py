@@ -95,12 +95,12 @@ def test_wrong_requests_name_what_is_allowed() -> None:
     ("conv", 1_000_000_000, {}, "depth is 1 to 256"), ("conv", -1, {}, "depth is 1 to 256"),
     ("vssd", 1, {"state": 10**12}, "state is a whole number from 1 to 1024"), ("vssd", 1, {"state": -1}, "state is"),
     ("vssd", 1, {"state": 8.0}, "state is a whole number"), ("vssd", 1, {"state": True}, "state is a whole number"),
-    ("conv", 1, {"expand": float("nan")}, "expand is a number above 0, 16 at most"), ("conv", 1, {"expand": 0}, "expand"),
+    ("conv", 1, {"expand": float("nan")}, "expand is a number above 0"), ("conv", 1, {"expand": 0}, "expand"),
     ("conv", 1, {"expand": 1e9}, "expand"), ("conv", 1, {"kernel_size": 10_001}, "kernel_size is"),
-    ("uformer", 1, {"window": 10**6}, "window is a whole number from 1 to 64"), ("conv", 1, {"expand": (1, 2)}, "expand"),
+    ("uformer", 1, {"window": 10**6}, "window is a whole number from 1 to 64"), ("conv", 1, {"expand": (2,)}, "expand"),
     ("uformer", 1, {"shift": 1}, "shift is true or false"), ("restormer", 1, {"layer_norm": 3}, "layer_norm is text"),
     ("restormer", 1, {"heads": 10**4000}, "got a number of many digits"),
-    ("plk", 256, {"kernel_size": 127, "max_large_channels": 512, "split_ratio": 1.0}, "parameters; allowed: 500,000,000"),
+    ("plk", 256, {"kernel_size": 127, "max_large_channels": 512, "split_ratio": 1.0}, "allowed: 500,000,000"),
 ])
 def test_a_size_that_nobody_can_mean_is_refused_before_it_is_built(
         family: str, depth: int, options: dict[str, Any], message: str) -> None:

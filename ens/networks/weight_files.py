@@ -68,6 +68,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     def read(file: Any) -> tuple[dict[str, str], dict[str, Tensor]]:
         return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in list(file.keys())}
 
+    reject_impostors(path)
     return _open_safetensors(path, read)
 
 
