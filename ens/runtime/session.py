@@ -74,6 +74,8 @@ def _open_exported(path: Path, threads: int | None) -> Session:
         opened = FORMATS[path.suffix.lower()].open(path, threads)
     except MemoryError:
         raise
+    except FileNotFoundError as error:
+        raise SessionError(f"{path}: {error}") from None
     except Exception as error:  # runtimes' errors share no public class
         reason = str(error).split("\n")[0]
         raise SessionError(f"{path}: is damaged or is not an {path.suffix} file ({reason})") from None
