@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -356,3 +357,25 @@ def test_a_pipe_or_a_device_is_refused_at_once(tmp_path: Path, suffix: str) -> N
     assert "is not a file" in message(tmp_path / f"pipe{suffix}")
     (tmp_path / f"zeros{suffix}").symlink_to("/dev/zero")
     assert "is not a file" in message(tmp_path / f"zeros{suffix}")
+
+
+@pytest.mark.parametrize("name", ["own.safetensors", "own.pth", "legacy.pth"])
+def test_random_damage_ends_in_the_one_error_of_checkpoints(tmp_path: Path, name: str) -> None:
+    """40 files a format, seeded: bytes of the header or of the directory of the archive changed, or the end cut."""
+    path, rng, caught = tmp_path / name, random.Random(1), 0
+    if name == "legacy.pth":
+        torch.save(small().state_dict(), path, _use_new_zipfile_serialization=False)
+    else:
+        save_checkpoint(path, small())
+    sound = path.read_bytes()
+    for _ in range(40):
+        data, head = bytearray(sound), min(len(sound), 12_000)
+        start = rng.choice([0, len(sound) - head])
+        for _ in range(rng.choice([1, 2, 8])):
+            data[start + rng.randrange(head)] = rng.randrange(256)
+        path.write_bytes(data[:rng.randrange(len(data))] if rng.random() < 0.1 else data)
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            caught += str(path) in str(error)
+    assert caught >= 8

@@ -85,7 +85,8 @@ def _open_safetensors(path: Path, read: Callable[[Any], Read]) -> Read:
         with safe_open(path, "pt") as file:
             return read(file)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(path, f"is truncated, or is not a safetensors file ({error})") from None
+        raise CheckpointError(path, f"is truncated, or is not a safetensors file ({error}); download or copy it "
+                                    "again") from None
 
 
 def _read_pickle(path: Path) -> object:
@@ -95,8 +96,8 @@ def _read_pickle(path: Path) -> object:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
-        except zipfile.BadZipFile:
-            raise CheckpointError(path, "is truncated (its archive has no end); download or copy it again") from None
+        except Exception as error:  # besides BadZipFile whatever damaged names and sizes make of it
+            raise CheckpointError(path, f"is truncated or damaged ({error}); download or copy it again") from None
         if any(name.endswith("constants.pkl") for name in names):
             raise CheckpointError(path, "is a TorchScript program, not weights; use the state_dict it was made from")
     try:
@@ -111,4 +112,4 @@ def _read_pickle(path: Path) -> object:
         raise
     except Exception as error:  # damaged bytes may spell any instruction of the format, and fail in any way
         reason = str(error).split("\n")[0]
-        raise CheckpointError(path, f"is truncated or damaged ({reason})") from None
+        raise CheckpointError(path, f"is truncated or damaged ({reason}); download or copy it again") from None
