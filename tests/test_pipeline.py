@@ -411,6 +411,6 @@ def test_a_finished_run_brings_no_package_it_has_no_use_for(
     code = ("import sys; from ens.cli import app; app(standalone_mode=False); "
             f"print([m for m in {heavy} if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code, "run", str(tmp_path / "tiny.yaml"), "--out", str(out)],
-                          capture_output=True, encoding="utf-8", check=False)
+                          capture_output=True, encoding="utf-8", errors="replace", check=False)
     assert done.returncode == 0, done.stderr
     assert "export: skipped" in done.stderr and done.stdout.splitlines()[-1] == "[]"
