@@ -25,6 +25,7 @@ from ens.console import (
     print_front,
     print_spaces,
     print_tuned,
+    replace_unknown_characters,
     reporting,
     say,
     show,
@@ -52,8 +53,7 @@ Task = Annotated[str, typer.Option(help="Task with its numbers: denoise_s25, der
 Within = Annotated[float | None, typer.Option(help="Name the cheapest member at most this many dB below the teacher.")]
 Storage = Annotated[str, typer.Option(help="Optuna storage URL of the archive instead of RUN/archive.db.")]
 Teacher = Annotated[Path | None, typer.Option(help="Checkpoint to use as the teacher.")]
-TaughtBy = Annotated[Path | None, typer.Option("--teacher", help=(
-    "Checkpoint whose output is extra supervision (DVMSR's distillation)."))]
+TaughtBy = Annotated[Path | None, typer.Option("--teacher", help="Checkpoint whose output is extra supervision.")]
 TaughtWeight = Annotated[float | None, typer.Option("--teacher-weight", min=0, max=1, help=(
     "Share w of the teacher in the loss: (1-w) L1(target) + w L1(teacher's output)."))]
 Candidates = Annotated[int | None, typer.Option(min=1, help="Hybrids to fine-tune: the pick and its nearest.")]
@@ -65,6 +65,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 
 def main() -> None:
     """Entry point of the `ens` command: one sentence and an exit code for whatever goes wrong."""
+    replace_unknown_characters()
     keep_freed_memory()
     stop.listen()
     command = shlex.join(["ens", *sys.argv[1:]])
@@ -331,8 +332,8 @@ def info() -> None:
             "networks": ", ".join(ens.NETWORKS), "families": ", ".join(ens.FAMILIES), "tasks": ", ".join(TASKS),
             "protocols": ", ".join(PROTOCOLS), "engines": ", ".join(ENGINES), "objectives": ", ".join(OBJECTIVES)}
     table = Table(box=None, show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, value)
+    for row in rows.items():
+        table.add_row(*row)
     show(table)
 
 
@@ -342,8 +343,8 @@ def _candidates(count: int | None) -> list[str]:
 
 def _taught(section: str, teacher: Path | None, weight: float | None) -> list[str]:
     """Changes of the study behind --teacher and --teacher-weight."""
-    values = {"taught_by": teacher and json.dumps(str(teacher.resolve())),
-              "taught_weight": 0.5 if teacher and weight is None else weight}
+    share = 0.5 if teacher and weight is None else weight
+    values = {"taught_by": teacher and json.dumps(str(teacher.resolve())), "taught_weight": share}
     return [f"{section}.{key}={value}" for key, value in values.items() if value is not None]
 
 

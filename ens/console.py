@@ -5,8 +5,10 @@ Results go to standard output; progress, remarks and errors to standard error.
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,6 +66,13 @@ class _Table(Table):
         for column, text in zip(self.columns, texts, strict=False):
             words = f"{column.header} {text}".split()
             column.min_width = max([column.min_width or 0, *map(cell_len, words)])
+
+
+def replace_unknown_characters() -> None:
+    """A terminal or pipe that lacks a character gets a question mark; an error would change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager

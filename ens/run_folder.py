@@ -22,8 +22,9 @@ from ens.config import ConfigError, StudyConfig, check_same_run, dump_study, loa
 from ens.distill.blockwise import create_surrogate
 from ens.evaluate.evaluator import Evaluator, list_input_psnr_db, list_psnr_db
 from ens.export.hybrid import HybridFiles, load_hybrid, read_facts
-from ens.networks.checkpoints import CheckpointError, remove_state
+from ens.networks.checkpoints import remove_state
 from ens.networks.steps import Network
+from ens.networks.weight_files import CheckpointError
 from ens.objectives import mean_psnr_db
 from ens.opened_study import OpenedStudy
 from ens.pareto.archive import Archive, mark_invalid, open_archive, read_archive, record_tuned

@@ -126,7 +126,7 @@ def test_a_failed_opening_leaves_no_lock(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
-    (tmp_path / "page.db").write_text("<html>not found</html>" * 100)
+    (tmp_path / "page.db").write_text("<html>not found</html>" * 100, encoding="utf-8")
     with pytest.raises(ValueError, match="cannot be opened as an archive: file is not a database"):
         read_archive(tmp_path / "page.db")
     for call in (read_archive, lambda path: mark_invalid(path, (0, 0, 0), "why")):
@@ -233,6 +233,8 @@ def test_reading_costs_as_much_for_each_of_many_measurements(tmp_path: Path, ste
 def test_a_run_folder_of_any_name_holds_its_own_archive(name: str, kind: type, tmp_path: Path) -> None:
     if sys.platform == "win32":
         pytest.skip("these names are not allowed there")
+    if not name.isascii() and sys.getfilesystemencoding() != "utf-8":
+        pytest.skip("this locale cannot write the name")
     plain, odd = (tmp_path / folder / "archive.db" for folder in ("a", name))
     opened(plain).close()
     with opened(kind(odd)) as archive:
@@ -329,7 +331,7 @@ def search(path: Path, ledger: Path) -> None:
 
     def evaluate(batch: list[Genotype]) -> Iterator[Measurement]:
         for genotype in batch:
-            with ledger.open("a") as file:
+            with ledger.open("a", encoding="utf-8") as file:
                 file.write(f"{genotype}\n")
             time.sleep(0.005)
             yield Measurement(genotype, {"psnr_drop_db": float(sum(genotype)) ** 2, "macs": 9.0 - genotype[0]})
@@ -364,7 +366,7 @@ def test_kill_9_five_times_then_the_same_archive_as_an_uninterrupted_search(tmp_
 
 
 def _lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
 
 def test_reading_an_empty_or_foreign_file_writes_nothing_into_it(tmp_path: Path) -> None:

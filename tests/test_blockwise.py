@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +153,7 @@ def test_a_library_round_trips_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     network = teacher()
     original = hash_weights(network)
     library = create_library(tmp_path / "lib", network, task="t", recipe={"steps": 1}, dtype=dtype)
-    assert library.imitates(network) and library.manifest["teacher"]["source_sha256"] == original
+    assert library.imitates(network) and library.manifest.teacher.source_sha256 == original
     spec, choice = network.slot("latent"), Choice("vssd", 1, (("state", 8),))
     blocks = create_filling(spec, choice)
     library.store(spec, choice, blocks, alignment_error=0.5, steps=1)
@@ -199,13 +201,13 @@ def test_a_library_of_the_first_version_with_multiply_adds_still_opens(tmp_path:
 def test_weights_that_do_not_fit_the_manifest_are_refused(tmp_path: Path) -> None:
     network = teacher()
     library = create_library(tmp_path / "lib", network, task="t", recipe={})
-    manifest = json.loads((tmp_path / "lib" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "lib" / "manifest.json").read_text(encoding="utf-8"))
     manifest["teacher"]["sha256"] = "0" * 64
-    (tmp_path / "lib" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "lib" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(LibraryError, match="not the teacher"):
         open_library(tmp_path / "lib").load_teacher()
     (tmp_path / "lib" / "teacher.safetensors").write_bytes(b"torn")
-    with pytest.raises(LibraryError, match="cannot be read"):
+    with pytest.raises(LibraryError, match=r"truncated.*distil it again"):
         library.load_teacher()
 
 
@@ -214,6 +216,67 @@ def test_what_is_no_library_is_named(tmp_path: Path) -> None:
         open_library(tmp_path)
     with pytest.raises(LibraryError, match="does not ship"):
         open_library("builtin:nothing")
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(LibraryError, match="damaged"):
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(LibraryError, match="no manifest"):
         open_library(tmp_path)
+
+
+def broken_manifests(sound: str) -> Iterator[tuple[str, str]]:
+    """(what was done, the text): cut at many places, every entry removed or replaced by something of another type."""
+    for end in range(0, len(sound) - 1, 97):
+        yield f"cut at {end}", sound[:end]
+    yield from (("nested", "[" * 100_000), ("list", "[]"), ("number", "3"), ("null", "null"))
+
+    def change(tree: dict[str, Any], place: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+        for key in list(tree):
+            before = tree.pop(key)
+            if key != "failed" and place[-1:] not in (("recipe",), ("options",), ("surrogates",)):
+                yield f"without {(*place, key)}", json.dumps(manifest)
+                for value in (None, [], {}, "x", -3, True, float("nan")):
+                    if type(value) is not type(before) and key not in ("task", "surrogates"):
+                        tree[key] = value
+                        yield f"{(*place, key)} = {value}", json.dumps(manifest)
+            tree[key] = before
+            if isinstance(before, dict):
+                yield from change(before, (*place, key))
+
+    manifest = json.loads(sound)
+    yield from change(manifest, ())
+
+
+def test_a_damaged_manifest_is_named_with_what_to_do(tmp_path: Path) -> None:
+    network = teacher()
+    library = create_library(tmp_path, network, task="t", recipe={"steps": 1})
+    spec, choice = network.slot("latent"), Choice("vssd", 1)
+    library.store(spec, choice, create_filling(spec, choice), alignment_error=0.5, steps=1)
+    path, opened = tmp_path / "manifest.json", []
+    for what, text in broken_manifests(path.read_text(encoding="utf-8")):
+        path.write_text(text, encoding="utf-8")
+        try:
+            open_library(tmp_path)
+            opened.append(what)
+        except LibraryError as error:
+            assert str(path) in str(error) and "distil it again" in str(error) and "\n" not in str(error), what
+    assert not opened
+
+
+@pytest.mark.parametrize(("entry", "value", "expected"), [
+    ("network", "nafnet", r"the teacher of its manifest cannot be built.*'nafnet' is unknown"),
+    ("options", {"dim": 10**9}, "dim is a whole number"), ("options", {"width": 3}, "no option 'width'")])
+def test_a_manifest_whose_teacher_cannot_be_built_is_named(
+        tmp_path: Path, entry: str, value: object, expected: str) -> None:
+    library = create_library(tmp_path, teacher(), task="t", recipe={})
+    manifest = library.manifest.model_dump()
+    manifest["teacher"][entry] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    for build in (open_library(tmp_path).create_skeleton, open_library(tmp_path).load_teacher):
+        with pytest.raises(LibraryError, match=expected):
+            build()
+
+
+def test_a_pipe_in_the_place_of_weights_is_refused_at_once(tmp_path: Path) -> None:
+    library = create_library(tmp_path, teacher(), task="t", recipe={})
+    (tmp_path / "teacher.safetensors").unlink()
+    os.mkfifo(tmp_path / "teacher.safetensors")
+    with pytest.raises(LibraryError, match="is not a file"):
+        library.load_teacher()

@@ -237,6 +237,6 @@ def test_info_names_everything_a_study_may_use(run_cli: Callable[..., int],
 
 def test_help_answers_without_loading_pytorch() -> None:
     code = "import sys\nfrom ens.cli import app\ntry: app(['--help'])\nfinally: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace",
                           cwd=Path(__file__).resolve().parents[1])
     assert done.stdout.rstrip().endswith("False")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -95,7 +96,7 @@ def test_one_bad_file_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
         write_photo(source / name, photo(3, dtype))
     (source / "b.png").write_bytes((source / "a.png").read_bytes()[:60])
     (source / "e.jpg").write_bytes(b"")
-    (source / "notes.txt").write_text("no image")
+    (source / "notes.txt").write_text("no image", encoding="utf-8")
     failures = restore_files(session(), source, target, on_progress=lambda n, total, name: done.append(name))
     assert [error.path.name for error in failures] == ["b.png", "e.jpg"]
     assert done == ["a.png", "b.png", "c.tif", "d.png", "e.jpg"]
@@ -171,3 +172,14 @@ def test_an_onnx_file_of_somebody_else_is_refused(tmp_path: Path, files: dict[st
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(SessionError, match="not exported by ens"):
         open_session(tmp_path / "other.onnx")
+
+
+def test_weights_that_other_tools_put_beside_an_onnx_file_are_found_or_named(
+        tmp_path: Path, files: dict[str, Path]) -> None:
+    onnx.save(onnx.load(files["a.onnx"]), tmp_path / "b.onnx", save_as_external_data=True, location="b.data",
+              size_threshold=200)
+    image, expected = torch.rand(1, 3, 16, 16), open_session(files["a.onnx"])
+    assert torch.equal(open_session(tmp_path / "b.onnx").run(image), expected.run(image))
+    (tmp_path / "b.data").rename(tmp_path / "elsewhere.data")
+    with pytest.raises(SessionError, match=r"b.onnx: its weights are in a file of their own.*b\.data$"):
+        open_session(tmp_path / "b.onnx")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ens.data.folders import DataError, find_pairs, format_offenders
+from ens.data.folders import DataError, find_pairs
 from ens.data.images import ImageError
+from ens.data.layouts import format_offenders
 
 
 def check_patches_fit(folder: str | Path, side_px: int, *, scale: int = 1) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -133,14 +134,23 @@ def _fold(model: ir.Model) -> None:
 
 
 def open_onnx(path: Path, threads: int | None) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
-    """The file in ONNX Runtime on the CPU, and the metadata beside its graph; raises what the runtime raises."""
+    """The file in ONNX Runtime on the CPU, and the metadata beside its graph; raises what the runtime raises.
+
+    FileNotFoundError names the file that other tools put the weights in, where it was left behind.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised as well
     # Plans one block for all activations of a size: twice the peak, and no faster (measured, CPU, tiles of 512 px).
     options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's errors share no public class
+        lost = re.search(r'External data path does not exist: "([^"]+)"', str(error))
+        if lost is None:
+            raise
+        raise FileNotFoundError(f"its weights are in a file of their own, which is not beside it: {lost[1]}") from None
     return session, dict(session.get_modelmeta().custom_metadata_map)
 
 
