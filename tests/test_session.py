@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import PIL.Image
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ens.data.images import Photo, read_photo, write_photo
 from ens.export.formats import write_checked
@@ -183,3 +184,64 @@ def test_weights_that_other_tools_put_beside_an_onnx_file_are_found_or_named(
     (tmp_path / "b.data").rename(tmp_path / "elsewhere.data")
     with pytest.raises(SessionError, match=r"b.onnx: its weights are in a file of their own.*b\.data$"):
         open_session(tmp_path / "b.onnx")
+
+
+@pytest.mark.parametrize("tile", [1, 16, 32])
+def test_a_tile_no_larger_than_the_usual_overlap_takes_a_smaller_one(tmp_path: Path, tile: int) -> None:
+    write_photo(tmp_path / "in.png", photo(3, np.uint8))
+    assert restore_files(session(), tmp_path / "in.png", tmp_path / "out.png", tile_px=tile) == []
+    assert np.array_equal(read_photo(tmp_path / "out.png").pixels, read_photo(tmp_path / "in.png").pixels)
+
+
+def test_tiles_that_cannot_be_are_refused_before_anything_is_restored(tmp_path: Path) -> None:
+    write_photo(tmp_path / "in.png", photo(3, np.uint8))
+    with pytest.raises(ValueError, match="smaller than the tile of 32 px, got 32"):
+        restore_files(session(), tmp_path / "in.png", tmp_path / "out" / "a.png", tile_px=32, overlap_px=32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tile_that_the_grid_enlarges_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        write_photo(tmp_path / "in" / name, photo(3, np.uint8))
+    coarse, said = Session(nn.Identity(), 128, 1, 3, {}), list[str]()
+    assert restore_files(coarse, tmp_path / "in", tmp_path / "out", tile_px=200, on_event=said.append) == []
+    assert said == ["tiles of 256 px instead of 200: they start at multiples of 128 px and overlap by 32"]
+
+
+def test_what_a_target_cannot_hold_is_found_before_the_network_runs(tmp_path: Path) -> None:
+    write_photo(tmp_path / "in.png", photo(3, np.uint16))
+    ran = list[int]()
+    counting = Session(lambda image: ran.append(1) or image, 8, 1, 3, {})
+    failures = restore_files(counting, tmp_path / "in.png", tmp_path / "out.jpg")
+    assert "holds 8 bits" in str(failures[0]) and not ran and not (tmp_path / "out.jpg").exists()
+
+
+def test_a_folder_run_says_what_it_passed_over_and_metadata_are_carried(tmp_path: Path) -> None:
+    (tmp_path / "in" / "deeper").mkdir(parents=True)
+    (tmp_path / "in" / "notes.txt").write_text("no image", encoding="utf-8")
+    (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    exif = PIL.Image.Exif()
+    exif[0x010F] = "maker"
+    PIL.Image.fromarray(photo(3, np.uint8).pixels).save(tmp_path / "in" / "a.png", exif=exif)
+    said = list[str]()
+    assert restore_files(session(), tmp_path / "in", tmp_path / "out", on_event=said.append) == []
+    assert len(said) == 1 and all(name in said[0] for name in ("deeper", "notes.txt", "gone.png"))
+    with PIL.Image.open(tmp_path / "out" / "a.png") as restored:
+        assert restored.getexif()[0x010F] == "maker"
+
+
+def test_memory_that_runs_out_names_the_image_and_the_rest_go_on(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    released = list[int]()
+    for name, side in (("a.png", 20), ("b.png", 60), ("c.png", 20)):
+        write_photo(tmp_path / "in" / name, Photo(np.zeros((side, side, 3), np.uint8)))
+
+    def run(image: Tensor) -> Tensor:
+        if image.shape[-1] > 50:
+            raise MemoryError
+        return image
+
+    failures = restore_files(Session(run, 1, 1, 3, {}, lambda: released.append(1)), tmp_path / "in", tmp_path / "out")
+    assert [failure.path.name for failure in failures] == ["b.png"] and "memory ran out" in str(failures[0])
+    assert len(released) == 3 and len(list((tmp_path / "out").iterdir())) == 2
