@@ -382,4 +382,4 @@ def test_the_teacher_that_was_given_is_not_moved_or_changed(tmp_path: Path) -> N
     recipe = Recipe((Phase(0, 4, 4),), 40, lr=0.05, clip_norm=1.0, taught_weight=1.0)
     train_network(network, Ramp(), recipe=recipe, checkpoint=tmp_path / "t.pt", taught_by=teacher, bf16=False)
     assert teacher.training and same(teacher, conv(0.5))
-    assert abs(float(network.weight) - 0.5) < 0.3  # type: ignore[arg-type]
+    assert abs(network.weight.item() - 0.5) < 0.3  # type: ignore[arg-type]
