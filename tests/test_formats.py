@@ -231,8 +231,8 @@ def flat_images() -> dict[str, Tensor]:
     return {"black": black, **flat, "half": half}
 
 
-@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow if family == "ssd" else ())
-                                    for family in FAMILIES if family not in SCANS])
+@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow if family in ("ssd", *SCANS) else ())
+                                    for family in FAMILIES])
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_flat_images_come_out_finite_and_equal_whole_and_in_tiles(tmp_path: Path, family: str, suffix: str) -> None:
     torch.manual_seed(0)
