@@ -23,7 +23,9 @@ from ens.console import (
     make_table,
     print_evaluation,
     print_front,
+    print_spaces,
     print_tuned,
+    replace_unknown_characters,
     reporting,
     say,
     show,
@@ -51,17 +53,19 @@ Task = Annotated[str, typer.Option(help="Task with its numbers: denoise_s25, der
 Within = Annotated[float | None, typer.Option(help="Name the cheapest member at most this many dB below the teacher.")]
 Storage = Annotated[str, typer.Option(help="Optuna storage URL of the archive instead of RUN/archive.db.")]
 Teacher = Annotated[Path | None, typer.Option(help="Checkpoint to use as the teacher.")]
-TaughtBy = Annotated[Path | None, typer.Option("--teacher", help=(
-    "Checkpoint whose output is extra supervision (DVMSR's distillation)."))]
+TaughtBy = Annotated[Path | None, typer.Option("--teacher", help="Checkpoint whose output is extra supervision.")]
 TaughtWeight = Annotated[float | None, typer.Option("--teacher-weight", min=0, max=1, help=(
     "Share w of the teacher in the loss: (1-w) L1(target) + w L1(teacher's output)."))]
 Candidates = Annotated[int | None, typer.Option(min=1, help="Hybrids to fine-tune: the pick and its nearest.")]
+Restart = Annotated[bool, typer.Option("--restart", help=(
+    "Drop the state of an unfinished training, where it is damaged or of another recipe, and begin it again."))]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
     "Change one key of the study, for instance search.budget=40. May be given several times."))]
 
 
 def main() -> None:
     """Entry point of the `ens` command: one sentence and an exit code for whatever goes wrong."""
+    replace_unknown_characters()
     keep_freed_memory()
     stop.listen()
     command = shlex.join(["ens", *sys.argv[1:]])
@@ -85,18 +89,18 @@ def _load_study(name: str, changes: Sequence[str] | None, teacher: Path | None =
     return load_study(find_study(name), {**overrides, "teacher": str(teacher.resolve())} if teacher else overrides)
 
 
-def _start(study: str, out: Path, changes: Sequence[str] | None, *, teacher: Path | None = None,
-           storage: str = "") -> RunFolder:
+def _start(study: str, out: Path, changes: Sequence[str] | None, *, teacher: Path | None = None, storage: str = "",
+           pick: str = "", restart: bool = False) -> RunFolder:
     from ens.run_folder import RunFolder
 
-    return RunFolder.start(_load_study(study, changes, teacher), out, storage=storage)
+    return RunFolder.start(_load_study(study, changes, teacher), out, storage=storage, pick=pick, restart=restart)
 
 
-def _open(run: Path, changes: Sequence[str] | None = None, *, storage: str = "") -> RunFolder:
+def _open(run: Path, changes: Sequence[str] | None = None, *, storage: str = "", restart: bool = False) -> RunFolder:
     from ens.config import parse_changes
     from ens.run_folder import RunFolder
 
-    return RunFolder.reopen(run, parse_changes(changes or ()), storage=storage)
+    return RunFolder.reopen(run, parse_changes(changes or ()), storage=storage, restart=restart)
 
 
 @app.callback(invoke_without_command=True)
@@ -108,12 +112,13 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def run(study: Study, out: Out, pick: Pick = "knee", candidates: Candidates = None, teacher: Teacher = None,
-        storage: Storage = "", changes: Set = None) -> None:
+        storage: Storage = "", restart: Restart = False, changes: Set = None) -> None:
     """The whole road: train, distill, search, finetune, pareto, export; whatever of it is missing."""
     from ens import pipeline
 
     with reporting() as control:
-        folder = _start(study, out, [*(changes or ()), *_candidates(candidates)], teacher=teacher, storage=storage)
+        folder = _start(study, out, [*(changes or ()), *_candidates(candidates)], teacher=teacher, storage=storage,
+                        pick=pick, restart=restart)
         model = pipeline.run_all(folder, control, pick=pick)
     print_front(folder, folder.front())
     print_tuned(folder, [parse_genotype(model.stem, folder.archive.space)])
@@ -123,22 +128,23 @@ def run(study: Study, out: Out, pick: Pick = "knee", candidates: Candidates = No
 
 @app.command()
 def train(study: Study, out: Out, teacher: TaughtBy = None, teacher_weight: TaughtWeight = None,
-          changes: Set = None) -> None:
+          restart: Restart = False, changes: Set = None) -> None:
     """Train the teacher of a study; several processes under torchrun."""
     from ens import pipeline
 
     with reporting() as control:
-        pipeline.train(_start(study, out, [*(changes or ()), *_taught("train", teacher, teacher_weight)]), control)
+        recipe = [*(changes or ()), *_taught("train", teacher, teacher_weight)]
+        pipeline.train(_start(study, out, recipe, restart=restart), control)
     say(f"The run is in {out}. Next: {shlex.join(['ens', 'distill', study, '--out', str(out)])}")
 
 
 @app.command()
-def distill(study: Study, out: Out, teacher: Teacher = None, changes: Set = None) -> None:
+def distill(study: Study, out: Out, teacher: Teacher = None, restart: Restart = False, changes: Set = None) -> None:
     """Align every surrogate of a study with its slot of the teacher."""
     from ens import pipeline
 
     with reporting() as control:
-        library = pipeline.distill(_start(study, out, changes, teacher=teacher), control)
+        library = pipeline.distill(_start(study, out, changes, teacher=teacher, restart=restart), control)
     table = make_table(("slot", "choice"), ("alignment error", "parameters"))
     for item in library.surrogates.values():
         table.add_row(item.slot, item.choice, item.failed or f"{item.alignment_error:.3f}", f"{item.params:,}")
@@ -159,14 +165,16 @@ def search(study: Study, out: Out, teacher: Teacher = None, storage: Storage = "
 @app.command()
 def pareto(run: Run, objectives: Annotated[str, typer.Option(help=(
         "Two or three measured objectives instead of the search's: psnr_drop_db,macs."))] = "",
-        within: Within = None, storage: Storage = "") -> None:
+        within: Within = None, unmark: Annotated[str, typer.Option(metavar="GENOTYPE", help=(
+            "Put a genotype back that a failed export has marked invalid."))] = "", storage: Storage = "") -> None:
     """Print the front of a run and write it as CSV, Markdown, PNG and one HTML page."""
     from ens import pipeline
 
-    with reporting() as control:
-        folder = _open(run, storage=storage)
-        names = tuple(name.strip() for name in objectives.split(",") if name.strip())
-        front = pipeline.pareto(folder, control, objectives=names)
+    names = tuple(name.strip() for name in objectives.split(",") if name.strip())
+    folder = _open(run, storage=storage)
+    if unmark:
+        folder.unmark(unmark)
+    front = folder.front(names)
     print_front(folder, front)
     print_tuned(folder, list(folder.archive.tuned))
     if within is not None:
@@ -174,17 +182,20 @@ def pareto(run: Run, objectives: Annotated[str, typer.Option(help=(
 
         chosen = pick_genotype(f"within {within:g}", front=front, space=folder.archive.space)
         say(f"Cheapest within {within:g} dB: {format_genotype(chosen)}")
+    with reporting() as control:  # last, so that a folder that is read-only has shown its front
+        pipeline.pareto(folder, control, objectives=names)
 
 
 @app.command()
 def finetune(run: Run, pick: Pick = "knee", candidates: Candidates = None, teacher: TaughtBy = None,
-             teacher_weight: TaughtWeight = None, storage: Storage = "", changes: Set = None) -> None:
+             teacher_weight: TaughtWeight = None, storage: Storage = "", restart: Restart = False,
+             changes: Set = None) -> None:
     """Train hybrids of the front end to end, with their teacher's output as extra supervision."""
     from ens import pipeline
 
     recipe = [*(changes or ()), *_candidates(candidates), *_taught("finetune", teacher, teacher_weight)]
     with reporting() as control:
-        folder = _open(run, recipe, storage=storage)
+        folder = _open(run, recipe, storage=storage, restart=restart)
         best = pipeline.finetune(folder, pick, control)
     print_tuned(folder, list(folder.archive.tuned))
     say(f"Best on the validation images: {format_genotype(best)}\n{folder.best_tuned(best)}")
@@ -255,6 +266,9 @@ def evaluate(
         results = pipeline.evaluate(checkpoint, data, job, control, protocol=protocol, crop_px=crop, limit=limit,
                                     threads=threads)
     print_evaluation(results, str(job))
+    if broken := results[0].broken:
+        complain(f"error: {checkpoint}: {broken}")
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -262,21 +276,9 @@ def spaces(studies: Annotated[list[str] | None, typer.Argument(
         metavar="[SPACE.yaml]...", help="Studies to list; the shipped ones by default.")] = None) -> None:
     """List studies: slots × choices, genotypes, and the range of parameters and multiply-adds."""
     from ens.config import shipped_spaces
-    from ens.objectives import OBJECTIVES
     from ens.run_folder import RunFolder
 
-    table = make_table(("space",), ("slots", "genotypes", "surrogates", "params", "MACs 256²"))
-    for column in table.columns[:4]:
-        column.no_wrap = True
-    for name in studies or map(str, shipped_spaces()):
-        folder = RunFolder(Path(), _load_study(name, None))
-        space, costs = folder.space, folder.count_costs()
-        ranges = [" – ".join(map(OBJECTIVES[key].format, costs.range(key))) for key in ("params", "macs")]
-        low, high = min(space.sizes), max(space.sizes)
-        count = f"{space.num_genotypes:,}" if space.num_genotypes < 1e9 else f"{space.num_genotypes:.1e}"
-        table.add_row(space.name, f"{len(space.sizes)} × {low}–{high}" if low < high else f"{len(space.sizes)} × {low}",
-                      count, f"{space.num_surrogates}", *ranges)
-    show(table)
+    print_spaces([RunFolder(Path(), _load_study(name, None)) for name in studies or map(str, shipped_spaces())])
 
 
 @app.command()
@@ -300,6 +302,8 @@ def erf(run: Run, slot: Annotated[str, typer.Option(help="Slot to look into, for
     from ens.evaluate.receptive_field import energy_side_px
 
     target = target or run / f"erf_{slot}.png"
+    if target.suffix.lower() != ".png":
+        raise ValueError(f"the picture is a PNG; {target} has another suffix")
     rows = pipeline.inspect_erf(_open(run), slot, target)
     table = make_table(("choice", "state"), ("50 % px", "95 % px"))
     for choice, states in rows.items():
@@ -328,8 +332,8 @@ def info() -> None:
             "networks": ", ".join(ens.NETWORKS), "families": ", ".join(ens.FAMILIES), "tasks": ", ".join(TASKS),
             "protocols": ", ".join(PROTOCOLS), "engines": ", ".join(ENGINES), "objectives": ", ".join(OBJECTIVES)}
     table = Table(box=None, show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, value)
+    for row in rows.items():
+        table.add_row(*row)
     show(table)
 
 
@@ -339,8 +343,8 @@ def _candidates(count: int | None) -> list[str]:
 
 def _taught(section: str, teacher: Path | None, weight: float | None) -> list[str]:
     """Changes of the study behind --teacher and --teacher-weight."""
-    values = {"taught_by": teacher and json.dumps(str(teacher.resolve())),
-              "taught_weight": 0.5 if teacher and weight is None else weight}
+    share = 0.5 if teacher and weight is None else weight
+    values = {"taught_by": teacher and json.dumps(str(teacher.resolve())), "taught_weight": share}
     return [f"{section}.{key}={value}" for key, value in values.items() if value is not None]
 
 

@@ -12,33 +12,24 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ens.space import BUILTIN, Choice, parse_choice
+from ens.yaml_values import ConfigError as ConfigError
+from ens.yaml_values import flatten, freeze, read_number, read_yaml
 
 Options = dict[str, Any]
 Section = TypeVar("Section", bound="_Section")
-
-
-class ConfigError(ValueError):
-    """A study file that cannot be used; the message names the file, the key and what is allowed."""
-
-
-def _read_number(value: object) -> object:
-    """YAML reads 1e-3 as text: the standard wants 1.0e-3."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-Number = Annotated[float, BeforeValidator(_read_number)]
+Number = Annotated[float, BeforeValidator(read_number)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-Steps = Annotated[int, Field(ge=1, le=100_000_000)]
+_MANY = 100_000_000
+Steps = Annotated[int, Field(ge=1, le=_MANY)]
+Entries = Annotated[tuple[Any, ...], Field(max_length=64)]
+_MOST_BATCH_PX = 2**26
 Phase = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=8, le=4096)], Annotated[int, Field(ge=1, le=65536)]]
 
 
 class _Section(BaseModel):
     """A part of a study: nothing is converted in silence, nothing unknown is kept."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -47,14 +38,14 @@ class _Section(BaseModel):
         if not isinstance(values, Mapping):
             return values
         fields = cls.model_fields
-        return {str(key): _freeze(value) for key, value in values.items()
+        return {str(key): freeze(value) for key, value in values.items()
                 if value is not None or str(key) not in fields or fields[str(key)].default is None}
 
 
-def _freeze(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {key: _freeze(item) for key, item in value.items()}
-    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
+def _check_pixels(patch_px: int, batch_size: int) -> None:
+    """A batch beyond any memory is a slip of the keyboard."""
+    if batch_size * patch_px**2 > _MOST_BATCH_PX:
+        raise ValueError(f"a batch of {batch_size} patches of {patch_px}² px is more than {_MOST_BATCH_PX:,} px")
 
 
 class DataConfig(_Section):
@@ -65,7 +56,7 @@ class DataConfig(_Section):
     report: str = Field("", description="Images that choose nothing, to report on; none when empty.")
     crop_px: int | None = Field(None, ge=8, le=65536, description="Side in px of scored crops; none: whole images.")
     crops_per_image: int = Field(1, ge=1, le=1024, description="Most crops cut from one image, spread over it.")
-    limit: int | None = Field(None, ge=1, description="Take the first images only.")
+    limit: int | None = Field(None, ge=1, le=_MANY, description="Take the first images only.")
 
 
 class TrainConfig(_Section):
@@ -78,8 +69,8 @@ class TrainConfig(_Section):
         "Progressive training: [first step, patch side in px, batch size] each; the first one starts at 0."))
     lr: Number = Field(3e-4, gt=0, le=1, description="Learning rate of AdamW after warm-up.")
     lr_final: Number = Field(1e-6, ge=0, le=1, description="Learning rate at the end of the cosine.")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    clip_norm: Number = Field(0.1, gt=0, description="Largest norm of the gradient.")
+    warmup_steps: int = Field(0, ge=0, le=_MANY, description="Steps of linear warm-up.")
+    clip_norm: Number = Field(0.1, gt=0, le=1e6, description="Largest norm of the gradient.")
     ema_decay: Number = Field(0.999, ge=0, lt=1, description="Decay of the averaged weights, warmed up.")
     taught_weight: Share = Field(0.0, description="Share of the teacher's output in the loss.")
     taught_by: str = Field("", description="Checkpoint or builtin:NAME that teaches.")
@@ -89,6 +80,8 @@ class TrainConfig(_Section):
         starts = [start for start, _, _ in self.phases]
         if starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= max(self.steps, 1):
             raise ValueError(f"phases start at step 0 and rise, all before step {self.steps}; got {starts}")
+        for _, side, batch in self.phases:
+            _check_pixels(side, batch)
         return self
 
 
@@ -110,8 +103,14 @@ class DistillConfig(_Section):
     batch_size: int = Field(8, ge=1, le=65536, description="Patches a step.")
     patch_px: int = Field(64, ge=8, le=4096, description="Side of a patch in px.")
     lr: Number = Field(2e-3, gt=0, le=1, description="Learning rate of AdamW.")
-    group_size: int = Field(64, ge=1, description="Surrogates in memory at a time.")
+    group_size: int = Field(64, ge=1, le=65536, description="Surrogates in memory at a time.")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Type the weights are stored in.")
+
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        _check_pixels(self.patch_px, self.batch_size)
+        return self
 
 
 class SearchConfig(_Section):
@@ -119,15 +118,15 @@ class SearchConfig(_Section):
 
     engine: str = Field("ehvi", description="Search engine; `ens info` lists them.")
     objectives: tuple[str, ...] = Field(("psnr_drop_db", "penalty"), description="Two or three, all minimised.")
-    budget: int = Field(500, ge=1, description="Unique genotypes to measure.")
+    budget: int = Field(500, ge=1, le=_MANY, description="Unique genotypes to measure.")
     batch_size: int = Field(1, ge=1, le=65536, description="Genotypes asked for at a time; they share prefixes.")
 
 
 class PenaltyConfig(_Section):
     """Prices of the usage penalty; defaults are those of the ENS paper's figure 3c."""
 
-    teacher: Number = Field(2.0, ge=0, description="Price of a whole transformer stage.")
-    per_block: Number = Field(0.1, ge=0, description="Price of one state-space or convolution block.")
+    teacher: Number = Field(2.0, ge=0, le=1e6, description="Price of a whole transformer stage.")
+    per_block: Number = Field(0.1, ge=0, le=1e6, description="Price of one state-space or convolution block.")
     transformers: tuple[str, ...] = Field(("restormer", "uformer"), description=(
         "Families that cost their share of the teacher's stage."))
 
@@ -135,21 +134,21 @@ class PenaltyConfig(_Section):
 class StudyConfig(_Section):
     """Everything one YAML file says. Give `choices` (for every slot of the granularity) or `slots` (slot: choices)."""
 
-    name: str = Field(min_length=1, description="Name of the study; the file's without it.")
+    name: str = Field(min_length=1, max_length=200, description="Name of the study; the file's without it.")
     task: Options = Field(description="Task with its options: {name: denoise, sigma_255: 25}.")
     network: Options = Field({}, description="Network to train as the teacher: {name: restormer, dim: 48}.")
     teacher: str = Field("", description="Checkpoint or builtin:NAME; empty to train `network`.")
     library: str = Field("", description="Library folder or builtin:NAME; empty to distil one.")
     granularity: Literal["stage", "block"] = Field("stage", description="What a slot is.")
-    choices: tuple[Any, ...] = Field((), description="Surrogates offered in every slot: [vssd×1, conv×2].")
-    slots: dict[str, tuple[Any, ...]] = Field({}, description="Surrogates by slot: {latent: [vssd×1]}.")
+    choices: Entries = Field((), description="Surrogates offered in every slot: [vssd×1, conv×2].")
+    slots: dict[str, Entries] = Field({}, max_length=1024, description="Surrogates by slot: {latent: [vssd×1]}.")
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     distill: DistillConfig = DistillConfig()
     search: SearchConfig = SearchConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     penalty: PenaltyConfig = PenaltyConfig()
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything random.")
     device: str = Field("auto", description="auto, cpu, cuda, or cuda:1.")
     threads: int = Field(0, ge=0, le=1024, description="PyTorch's threads; 0 leaves the default.")
 
@@ -176,12 +175,7 @@ def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     allowed.
     """
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no study file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold keys and values, for instance `name: my_study`")
     raw.setdefault("name", path.stem)
@@ -241,20 +235,23 @@ def _describe(error: ValidationError) -> str:
     if kind == "value_error":
         return f"{key}{': ' if key else ''}{first['ctx']['error']}"
     allowed = _WORDS.get(kind, first["msg"].removeprefix("Input should be "))
-    return f"{key} is {allowed.format(**first.get('ctx', {}))}, got {first['input']!r}"
+    return f"{key} is {allowed.format(**first.get('ctx', {}))}, got {first['input']!r:.80}"
 
 
-_WORDS = {"int_type": "a whole number", "float_type": "a number", "string_type": "text",
+_WORDS = {"finite_number": "a finite number", "int_type": "a whole number", "float_type": "a number",
+          "string_type": "text",
           "model_type": "a section: it holds keys and values", "dict_type": "a section: it holds keys and values",
           "tuple_type": "a list", "greater_than_equal": "at least {ge}", "greater_than": "more than {gt}",
-          "less_than_equal": "at most {le}", "less_than": "less than {lt}"}
+          "less_than_equal": "at most {le}", "less_than": "less than {lt}",
+          "too_long": "a list of at most {max_length}", "string_too_long": "text of at most {max_length} characters",
+          "string_unicode": "text in the encoding of this locale; PYTHONUTF8=1 makes that UTF-8"}
 
 
 def study_schema() -> str:
     """JSON schema of a study file (draft 2020-12), for editors that complete YAML."""
     schema = StudyConfig.model_json_schema()
     schema["required"] = ["task"]  # the name is the file's where it is not given
-    return json.dumps(schema, indent=1, ensure_ascii=False)
+    return json.dumps(schema, indent=1)  # escaped: it is printed, in whatever encoding the terminal has
 
 
 def dump_study(study: StudyConfig) -> str:
@@ -270,22 +267,13 @@ def check_same_run(before: StudyConfig, now: StudyConfig, out: Path) -> bool:
 
     The budget, the device, threads, fine-tuning and report images may change.
     """
-    flat_before, flat_now = _flatten(before.model_dump()), _flatten(now.model_dump())
+    flat_before, flat_now = flatten(before.model_dump()), flatten(now.model_dump())
     changed = [key for key in sorted({*flat_before, *flat_now}) if flat_before.get(key) != flat_now.get(key)]
     clashes = [f"{key}: {flat_before.get(key)} there, {flat_now.get(key)} now" for key in changed
                if not key.startswith(_MAY_CHANGE)]
     if clashes:
         raise ConfigError(f"{out} holds a run of another configuration ({'; '.join(clashes)}); take another --out")
     return bool(changed)
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
 
 
 def shipped_spaces() -> list[Path]:
@@ -306,7 +294,7 @@ def find_study(name: str) -> Path:
 
 
 def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
-    """`search.budget=40` -> {"search": {"budget": 40}}; raises ConfigError for what has no key and value."""
+    """`search.budget=40` -> {"search": {"budget": 40}}, locations absolute; ConfigError where key or value lacks."""
     tree: dict[str, Any] = {}
     for change in changes:
         key, equals, text = change.partition("=")
@@ -314,7 +302,7 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--set takes KEY=VALUE, for instance search.budget=40, got {change!r}")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
         *sections, last = key.split(".")
         branch = tree
@@ -322,7 +310,8 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
             branch = branch.setdefault(section, {})
             if not isinstance(branch, dict):
                 raise ConfigError(f"--set {key}: {section} was set to {branch!r} before")
-        branch[last] = value
+        # What is typed is relative to where it is typed; what a file says, to the file.
+        branch[last] = _resolve(value, Path.cwd()) if last in _LOCATIONS and isinstance(value, str) else value
     return tree
 
 
@@ -335,7 +324,7 @@ def parse_choices(entries: Sequence[Any]) -> tuple[Choice, ...]:
             if "family" not in options:
                 raise ConfigError(f"choice {options} lacks `family`")
             family, depth = str(options.pop("family")), options.pop("depth", 1)
-            if not isinstance(depth, int):
+            if type(depth) is not int:
                 raise ConfigError(f"choice {dict(entry)}: depth is a whole number, got {depth!r}")
             choices.append(Choice(family, depth, tuple(sorted(options.items()))))
             continue

@@ -5,17 +5,23 @@ Results go to standard output; progress, remarks and errors to standard error.
 
 from __future__ import annotations
 
+import io
 import os
+import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.style import StyleType
 from rich.table import Table
 
+from ens.objectives import OBJECTIVES
 from ens.runtime.process import Control, Interrupted, Stop, StopNow
 from ens.space import Genotype, format_genotype
 
@@ -24,24 +30,49 @@ if TYPE_CHECKING:
     from ens.pareto.selection import Front
     from ens.run_folder import RunFolder
 
-_out = Console(highlight=False)
-_err = Console(stderr=True, highlight=False)
+_out = Console(highlight=False, markup=False)
+_err = Console(stderr=True, highlight=False, markup=False)
 stop = Stop()
+# C0 but the line end, C1, and what turns the direction of writing.
+_CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out, line ends aside: a file's name may hold what moves a cursor."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def say(text: str) -> None:
     """A line of the result, as it is."""
-    _out.print(text, markup=False, soft_wrap=True)
+    _out.print(printable(text), soft_wrap=True)
 
 
 def show(table: Table) -> None:
-    """A table of the result."""
-    _out.print(table)
+    """A table of the result; no word of it is cut, however narrow the terminal is."""
+    _out.print(table, crop=False)
 
 
 def complain(text: str) -> None:
     """A line on standard error, as it is."""
-    _err.print(text, markup=False, soft_wrap=True)
+    _err.print(printable(text), soft_wrap=True)
+
+
+class _Table(Table):
+    """Cells are text, whatever is in them; a column is as wide as its longest word at least."""
+
+    def add_row(self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False) -> None:
+        texts = [printable(cell) if isinstance(cell, str) else cell for cell in cells]
+        super().add_row(*texts, style=style, end_section=end_section)
+        for column, text in zip(self.columns, texts, strict=False):
+            words = f"{column.header} {text}".split()
+            column.min_width = max([column.min_width or 0, *map(cell_len, words)])
+
+
+def replace_unknown_characters() -> None:
+    """A terminal or pipe that lacks a character gets a question mark; an error would change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager
@@ -51,16 +82,18 @@ def reporting() -> Iterator[Control]:
     last: dict[str, float] = {}
     quiet = os.environ.get("RANK", "0") != "0"  # torchrun starts several processes: the first one speaks
     with Progress(TextColumn("{task.description:>8}"), BarColumn(24), MofNCompleteColumn(),
-                  TimeRemainingColumn(compact=True, elapsed_when_finished=True), TextColumn("{task.fields[note]}"),
+                  TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                  TextColumn("{task.fields[note]}", markup=False),
                   console=_err, disable=quiet or not _err.is_terminal) as progress:
 
         def report(verb: str, done: int, total: int, note: str) -> None:
+            note = printable(note)
             if verb not in bars:
                 bars[verb] = progress.add_task(verb, total=total, completed=done, note=note)
             progress.update(bars[verb], completed=done, total=total, note=note)
             if progress.disable and not quiet and (done == total or time.monotonic() > last.get(verb, 0.0) + 30):
                 last[verb] = time.monotonic()
-                _err.print(f"{verb} {done}/{total} {note}", markup=False)
+                complain(f"{verb} {done}/{total} {note}")
 
         def say(line: str) -> None:
             if not quiet:
@@ -74,7 +107,7 @@ def reporting() -> Iterator[Control]:
 
 def make_table(words: Sequence[str], numbers: Sequence[str]) -> Table:
     """An empty table: columns of words on the left, of numbers on the right."""
-    table = Table(*words, box=SIMPLE_HEAD)
+    table = _Table(*words, box=SIMPLE_HEAD)
     for name in numbers:
         table.add_column(name, justify="right")
     return table
@@ -85,7 +118,7 @@ def print_front(folder: RunFolder, front: Front) -> None:
     from ens.pareto.tables import front_notes, front_rows
 
     headers, rows = front_rows(front, short=True)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    table = _Table(box=SIMPLE_HEAD, padding=(0, 1))
     for index, header in enumerate(headers):
         width = max(len(row[index]) for row in rows)  # a value is never broken, its header may be
         table.add_column(header, justify="left" if index < 2 else "right", min_width=width)
@@ -129,5 +162,22 @@ def print_evaluation(results: Sequence[Evaluation], task: str) -> None:
     say(f"data     {first.fingerprint}\ntask     {task}")
     for result in results:
         psnr_db, ssim, input_db = result.means()
-        gain = f" (input {input_db:.2f} dB, gain {psnr_db - input_db:+.2f} dB)" if result.inputs else ""
+        gain = f" (input {input_db:.2f} dB, gain {result.gain_db:+.2f} dB)" if result.inputs else ""
         say(f"protocol {result.protocol}\nPSNR     {psnr_db:.2f} dB{gain}\nSSIM     {ssim:.4f}")
+        for sentence in result.left_out:
+            say(f"         {sentence}")
+
+
+def print_spaces(folders: Sequence[RunFolder]) -> None:
+    """Slots × choices, genotypes, and the range of parameters and multiply-adds of studies."""
+    table = make_table(("space",), ("slots", "genotypes", "surrogates", "params", "MACs 256²"))
+    for column in table.columns[:4]:
+        column.no_wrap = True
+    for folder in folders:
+        space, costs = folder.space, folder.count_costs()
+        ranges = [" – ".join(map(OBJECTIVES[key].format, costs.range(key))) for key in ("params", "macs")]
+        low, high = min(space.sizes), max(space.sizes)
+        count = f"{space.num_genotypes:,}" if space.num_genotypes < 1e9 else f"{space.num_genotypes:.1e}"
+        table.add_row(space.name, f"{len(space.sizes)} × {low}–{high}" if low < high else f"{len(space.sizes)} × {low}",
+                      count, f"{space.num_surrogates}", *ranges)
+    show(table)

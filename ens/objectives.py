@@ -6,6 +6,7 @@ To add one: an entry of `OBJECTIVES`, a meter in `ens/evaluate/meters.py`, and a
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -74,12 +75,28 @@ def format_value(name: str, value: float) -> str:
     return _format_db(value) if name.endswith("_db") else _format_plain(value)
 
 
+def mean_psnr_db(psnr_db: Sequence[float]) -> float:
+    """Mean PSNR over images, dB; infinite only where every image is.
+
+    An image that is restored perfectly (infinite) is left out: it would hide all others. `count_perfect` says how many.
+    """
+    finite = [value for value in psnr_db if value != math.inf]
+    return statistics.fmean(finite or psnr_db)
+
+
+def count_perfect(*psnr_db: Sequence[float]) -> int:
+    """Number of images that one of the given sequences (a PSNR an image, or none at all) has restored perfectly."""
+    return sum(math.inf in values for values in zip(*filter(None, psnr_db), strict=True))
+
+
 def psnr_drop_db(*, teacher_psnr_db: Sequence[float], psnr_db: Sequence[float]) -> float:
     """Mean PSNR of the teacher minus that of the hybrid over the same images, dB; below zero: better than the teacher.
 
-    NaN when any PSNR of the hybrid is not finite. Raises ValueError when the numbers of images differ or are zero.
+    Images that either restores perfectly are left out; NaN when there is no other, or any PSNR is NaN or −infinite.
+    Raises ValueError when the numbers of images differ or are zero.
     """
-    drop = float(_paired_drops(teacher_psnr_db, psnr_db).mean())
+    drops = _paired_drops(teacher_psnr_db, psnr_db)
+    drop = float(drops.mean()) if len(drops) else math.nan
     return drop if math.isfinite(drop) else math.nan
 
 
@@ -96,7 +113,9 @@ def _paired_drops(teacher_psnr_db: Sequence[float], psnr_db: Sequence[float]) ->
     if len(teacher_psnr_db) != len(psnr_db) or not psnr_db:
         raise ValueError(f"the teacher has {len(teacher_psnr_db)} PSNRs and the hybrid {len(psnr_db)}; "
                          "both need one for every validation image")
-    return np.asarray(teacher_psnr_db, np.float64) - np.asarray(psnr_db, np.float64)
+    pairs = np.asarray([teacher_psnr_db, psnr_db], np.float64)
+    teacher, hybrid = pairs[:, (pairs != np.inf).all(axis=0)]
+    return np.asarray(teacher - hybrid)
 
 
 def add_quality(measurement: Measurement, *, teacher_psnr_db: Sequence[float]) -> Measurement:

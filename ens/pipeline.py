@@ -9,25 +9,22 @@ takes long to import is imported by the verb that needs it: a finished run ends 
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING
-
-import torch
 
 from ens.atomic import write_atomic
 from ens.data.pairs import load_validation_set
 from ens.data.tasks import Task
-from ens.distill.blockwise import create_surrogate, distill_library
+from ens.distill.blockwise import distill_library
 from ens.distill.fit import start_processes, train_network
-from ens.distill.library import Library, LibraryError
+from ens.distill.library import Library
 from ens.evaluate.evaluator import Evaluation, evaluate_protocols
 from ens.evaluate.protocols import find_protocol, task_protocols
 from ens.export.hybrid import load_hybrid, open_network, read_facts, save_hybrid
 from ens.networks.checkpoints import remove_state, save_checkpoint
-from ens.pareto.selection import Front
+from ens.pareto.selection import Front, check_any_valid
 from ens.run_folder import RunFolder
 from ens.runtime.process import QUIET, Control
-from ens.space import Genotype, Measurement, format_genotype, parse_genotype
+from ens.space import Genotype, Measurement, format_genotype
 
 if TYPE_CHECKING:
     from ens.evaluate.receptive_field import EnergyMap
@@ -39,31 +36,29 @@ def train(run: RunFolder, control: Control = QUIET) -> None:
         control.say("device: auto takes the CPU, torch sees no GPU")
     if (given := run.study.teacher or run.study.library) or run.teacher_path.exists():
         control.say(f"train: skipped, the teacher is {given or run.teacher_path}")
+        remove_state(run.teacher_state)  # a process may have been killed right after it wrote the teacher
         return
     start_processes(run.device)
-    torch.manual_seed(run.study.seed)
-    network, state, recipe = run.create_network(), run.teacher_path.with_name("train.pt"), run.recipe(run.study.train)
-    fit = train_network(network, run.patches("train"), recipe=recipe, checkpoint=state, device=run.device,
+    network, recipe = run.create_network(), run.recipe(run.study.train)
+    fit = train_network(network, run.patches("train"), recipe=recipe, checkpoint=run.teacher_state, device=run.device,
                         taught_by=open_network(recipe.taught_by) if recipe.taught_by else None,
                         identity={"task": str(run.task)}, on_progress=control.follow("train"),
                         should_stop=control.should_stop)
     control.require(fit.complete, "train")
     save_checkpoint(run.teacher_path, network, facts={"task": str(run.task), "steps": str(recipe.steps)})
-    remove_state(state)
+    remove_state(run.teacher_state)
 
 
 def distill(run: RunFolder, control: Control = QUIET) -> Library:
     """Align every surrogate of the space with its slot of the teacher; returns the library."""
     train(run, control)
-    library, jobs, settings = run.library, run.jobs, run.study.distill
-    if not (missing := sum(not library.has(spec.name, choice) for spec, choice in jobs)):
-        control.say(f"distill: skipped, all {len(jobs)} surrogates are in {library.root.name}")
+    library, settings = run.library, run.study.distill
+    if not run.missing_jobs:
+        control.say(f"distill: skipped, all {len(run.jobs)} surrogates are in {library.root.name}")
+        remove_state(run.distill_state)
         return library
-    if run.study.library:
-        raise LibraryError(f"{run.study.library} lacks {missing} of the {len(jobs)} surrogates of {run.study.name}; "
-                           "leave `library` out to distil them")
     complete = distill_library(
-        run.teacher, library, run.patches("distill"), jobs, steps=settings.steps, batch_size=settings.batch_size,
+        run.teacher, library, run.patches("distill"), run.jobs, steps=settings.steps, batch_size=settings.batch_size,
         patch_px=settings.patch_px, lr=settings.lr, group_size=settings.group_size, seed=run.study.seed,
         device=run.device, should_stop=control.should_stop,
         on_progress=lambda done, total, error: control.progress("distill", done, total, f"error {error:.3f}"))
@@ -72,21 +67,33 @@ def distill(run: RunFolder, control: Control = QUIET) -> Library:
 
 
 def search(run: RunFolder, control: Control = QUIET) -> list[Measurement]:
-    """Measure genotypes until the budget of unique evaluations is spent; every one is in the archive at once."""
+    """Measure genotypes until the budget of unique evaluations is spent; every one is in the archive at once.
+
+    Raises ValueError, with the first reason, where all are invalid.
+    """
     distill(run, control)
+    if run.budget < run.study.search.budget:
+        control.say(f"search: the space ends at {run.budget} genotypes, before the budget of {run.study.search.budget}")
     if run.is_searched:
         control.say(f"search: skipped, {len(run.archive.known())} genotypes are measured")
-        return run.archive.measurements()
+    else:
+        _measure(run, control)
+    check_any_valid(run.archive.measurements())
+    return run.archive.measurements()
+
+
+def _measure(run: RunFolder, control: Control) -> None:
+    """The search itself, from where it was interrupted."""
     from ens.search import create_engine
     from ens.search.loop import run_search
 
     settings = run.study.search
     with run.recording() as archive:
-        if archive.known():
-            control.say(f"search: goes on after {len(archive.known())} genotypes")
-        return run_search(
+        for line in filter(None, (run.baseline.left_out, archive.known() and f"goes on after {len(archive.known())}")):
+            control.say(f"search: {line}")
+        run_search(
             engine=create_engine(settings.engine, run.space, seed=run.study.seed), objectives=settings.objectives,
-            known=archive.known(), evaluate=run.evaluator.evaluate, record=archive.record, budget=settings.budget,
+            known=archive.known(), evaluate=run.evaluator.evaluate, record=archive.record, budget=run.budget,
             batch_size=settings.batch_size, progress=lambda done, total: control.step("search", done, total))
 
 
@@ -96,9 +103,7 @@ def pareto(run: RunFolder, control: Control = QUIET, *, objectives: tuple[str, .
     from ens.pareto.report import write_front
 
     front = run.front(objectives)
-    members = {front.role(index): front.members[index].genotype for index in (front.knee, *front.nearest[:2])}
-    networks = {"teacher": run.teacher, **{role: run.build(genotype) for role, genotype in members.items()}}
-    crops = draw_crops(networks, run.validation, run.protocol)
+    crops = draw_crops(run.shown_networks(front), run.validation, run.protocol)
     write_front(run.path, front=front, archive=run.archive, crops=crops)
     control.say(f"pareto: wrote front.csv, front.md, front.png and report.html to {run.path}")
     return front
@@ -109,20 +114,22 @@ def finetune(run: RunFolder, pick: str = "knee", control: Control = QUIET) -> Ge
 
     Each keeps the best weights seen on the validation images and has its own file in `finetune/`, one a recipe.
     """
+    paths = {genotype: run.tuned_path(genotype) for genotype in run.candidates(pick)}
     run.hold()
     tuned = {}
-    for genotype in run.candidates(pick):
-        path = run.hybrids.tuned(genotype, run.recipe(run.study.finetune).key)
+    for genotype, path in paths.items():
         if path.exists():
             control.say(f"finetune: skipped, {path} is there")
+            remove_state(path.with_suffix(".pt"))
         else:
             _tune(run, genotype, path, control)
-        tuned[genotype] = float(read_facts(path)["psnr_db_after"])
+        tuned[genotype] = run.tuned_psnr_db(path)
     return max(tuned, key=lambda genotype: tuned[genotype])
 
 
 def _tune(run: RunFolder, genotype: Genotype, path: Path, control: Control) -> None:
     """Fine-tune one hybrid and write its file, with its PSNR before and after on validation and on report images."""
+    run.check_recipe("finetune", run.study.finetune)
     hybrid, recipe, state = run.build(genotype), run.recipe(run.study.finetune), path.with_suffix(".pt")
     control.say(f"finetune: the loss is {recipe.describe_loss()}")
     figures = run.judge.judge_input() | run.judge.judge(run.teacher, "teacher") | run.judge.judge(hybrid, "before")
@@ -134,7 +141,7 @@ def _tune(run: RunFolder, genotype: Genotype, path: Path, control: Control) -> N
     control.require(fit.complete, "finetune")
     figures |= run.judge.judge(hybrid, "after")
     facts = {"finetune": recipe.key, **run.facts(genotype, figures)}
-    if figures["psnr_db_input"] and fmean(figures["psnr_db_after"]) < fmean(figures["psnr_db_input"]):
+    if float(facts["psnr_db_after"]) < float(facts.get("psnr_db_input", "-inf")):
         control.say(f"finetune: warning, {path.stem} restores to {facts['psnr_db_after']} dB, below the degraded "
                     f"input's {facts['psnr_db_input']} dB")
     run.record_tuned(genotype, figures)  # before the file: whoever finds the file takes the archive's word for it
@@ -143,25 +150,29 @@ def _tune(run: RunFolder, genotype: Genotype, path: Path, control: Control) -> N
 
 
 def export(run: RunFolder, pick: str = "knee", control: Control = QUIET) -> Path:
-    """Write one hybrid, its best fine-tuned weights where there are some, as ONNX, safetensors and a YAML card."""
-    from ens.export.formats import ExportError, write_card, write_checked
+    """Write one hybrid, its best fine-tuned weights where there are some, as ONNX, YAML card and, last, safetensors."""
+    from ens.export.formats import ExportError, ParityError, write_card, write_checked
 
-    run.hold()
     genotype = run.pick(pick)
+    run.hold()
     tuned, target = run.best_tuned(genotype), run.hybrids.exported(genotype)
     if not any(genotype) or tuned is None:
         control.say("export: " + ("without fine-tuning; `ens finetune` first gives a better file" if any(genotype) else
                                   "this genotype is the teacher itself, no slot is replaced"))
     hybrid = load_hybrid(tuned) if tuned else run.build(genotype)
     facts = read_facts(tuned) if tuned else run.facts(genotype, run.judge.judge(hybrid, "before"))
-    save_hybrid(target.with_suffix(".safetensors"), hybrid, choices=run.space.replaced(genotype), facts=facts)
     try:
         parity = write_checked(hybrid, target, photo=run.validation.images[0].degraded[None], facts=facts,
                                on_event=control.say)
-    except ExportError as error:
+    except ParityError as error:
+        if tuned:  # the training may be to blame, not the genotype
+            raise ExportError(f"{error}; {target.stem} stays on the front: fine-tune it by another recipe") from error
         run.mark_invalid(genotype, f"export failed: {error}")
         raise ExportError(f"{error}; {target.stem} is marked invalid and leaves the front") from error
+    if genotype in run.archive.marked:
+        run.mark_invalid(genotype, "")
     write_card(target.with_suffix(".yaml"), {**facts, "onnx_relative_error": f"{parity:.1e}"}, model=target.name)
+    save_hybrid(target.with_suffix(".safetensors"), hybrid, choices=run.space.replaced(genotype), facts=facts)
     control.say(f"export: {target} agrees with PyTorch to {parity:.1e}")
     return target
 
@@ -201,20 +212,9 @@ def inspect_erf(run: RunFolder, slot: str, target: Path) -> dict[str, dict[str, 
     """
     from ens.evaluate.receptive_field import draw_receptive_fields, measure_slot
 
-    names, images = [one.name for one in run.space.slots], run.validation.images[:4]
-    if slot not in names:
-        raise ValueError(f"{run.study.name} does not search slot {slot!r}; it searches {', '.join(names)}")
-    position, spec = names.index(slot), run.skeleton.slot(slot)
-    teacher, *choices = run.space.slots[position].choices
-    paths = run.hybrids.list_tuned()
-    tuned = {parse_genotype(read_facts(path)["genotype"], run.space)[position]: path for path in paths}
-    maps = {teacher.label: {"teacher": measure_slot(run.teacher, slot, images)}}
-    for index, choice in enumerate(choices, 1):
-        before = create_surrogate(run.teacher, spec, choice, seed=run.study.seed)
-        states = maps[choice.label] = {"before": measure_slot(run.teacher, slot, images, module=before)}
-        if not run.library.missing(slot, choice):
-            states["distilled"] = measure_slot(run.teacher, slot, images, module=run.surrogate(spec, choice))
-        if index in tuned:
-            states["fine-tuned"] = measure_slot(load_hybrid(tuned[index]), slot, images)
-    write_atomic(target, draw_receptive_fields(f"{slot}: 1 px is {spec.downscale} px of the image", maps))
+    states, images = run.slot_states(slot), run.validation.images[:4]
+    maps = {choice: {state: measure_slot(network, slot, images, module=module)
+                     for state, (network, module) in known.items()} for choice, known in states.items()}
+    downscale = run.skeleton.slot(slot).downscale
+    write_atomic(target, draw_receptive_fields(f"{slot}: 1 px is {downscale} px of the image", maps))
     return maps

@@ -16,7 +16,7 @@ Genotype = tuple[int, ...]
 BUILTIN = "builtin:"
 """What starts the name of something that ships with the package, where a file may be named, too."""
 
-_LABEL = re.compile(r"^\s*(?P<family>[a-z][a-z0-9_]*)\s*[×x*]\s*(?P<depth>\d+)\s*(?:\((?P<options>[^()]+)\))?\s*$")
+_LABEL = re.compile(r"^\s*(?P<family>[a-z][a-z0-9_]*)\s*[×x*]\s*(?P<depth>\d{1,99})\s*(?:\((?P<options>[^()]+)\))?\s*$")
 
 
 @dataclass(frozen=True)

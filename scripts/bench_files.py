@@ -35,7 +35,7 @@ def main() -> None:
           f"1×3×{arguments.size}×{arguments.size}, median of {arguments.repeats} interleaved runs")
     for file, spent in zip(arguments.files, times, strict=True):
         median = statistics.median(spent)
-        print(f"{median:8.1f} ms (min {min(spent):.1f})  {first / median:5.2f}× as fast  {file}")
+        print(f"{median:8.1f} ms (min {min(spent):.1f})  {first / median:5.2f} times as fast  {file}")
 
 
 if __name__ == "__main__":

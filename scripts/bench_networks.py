@@ -81,7 +81,7 @@ def main() -> None:
             rows.append(row)
             print(*(row[column] for column in COLUMNS), flush=True)
     given.out.mkdir(parents=True, exist_ok=True)
-    with (given.out / "networks.csv").open("w", newline="") as file:
+    with (given.out / "networks.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
@@ -101,7 +101,7 @@ def measure(name: str, size: int, given: argparse.Namespace) -> dict[str, Any]:
         return row
     command = [sys.executable, __file__, "--one", name, str(size), "--threads", str(given.threads), "--repeats",
                str(given.repeats), "--clock", given.clock]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     return row | (json.loads(done.stdout) if done.returncode == 0 else {"ms": "failed"})
 
 

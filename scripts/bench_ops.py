@@ -23,10 +23,10 @@ from typing import Any
 
 import onnxruntime
 import torch
+from onnx_ir.passes.common import InlinePass
 from torch import Tensor, nn
 
 import ens.ops.scan_op
-import ens.ops.selective_scan
 from ens.blocks import create_stack
 from ens.export.graph import tidy_graph
 from ens.export.onnx import OPSET, simplify_graph
@@ -123,14 +123,14 @@ class Bench:
     def note(self, name: str, other: str, ours: float, theirs: float, ratio: float, bound: str, met: bool) -> None:
         self.rows.append({"what": name, "against": other, "this": round(ours, 3), "other": round(theirs, 3),
                           "ratio": round(ratio, 3), "bound": bound, "met": met if bound else None})
-        print(f"{ratio:8.2f}× {bound:7} {'' if not bound else 'ok  ' if met else 'MISS'} {name}: {ours:.2f}   "
+        print(f"{ratio:8.2f} x {bound:7} {'' if not bound else 'ok  ' if met else 'MISS'} {name}: {ours:.2f}   "
               f"{other}: {theirs:.2f}", flush=True)
 
 
 def processor() -> str:
     """Model name of the processor where the system tells, else its architecture."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -190,9 +190,10 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         return 0
 
     def read(field: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field)) * 1024
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
-    clear.write_text("5")  # sets the peak back to the present size
+    clear.write_text("5", encoding="utf-8")  # sets the peak back to the present size
     before = read("VmRSS")
     run()
     return read("VmHWM") - before
@@ -324,7 +325,7 @@ def path_of_before(threads: int) -> Iterator[Callable[[], None] | None]:
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
             tar.extractall(folder, filter="data")
-        worker = subprocess.Popen([sys.executable, "-c", WORKER, str(threads)], stdin=subprocess.PIPE, text=True,
+        worker = subprocess.Popen([sys.executable, "-c", WORKER, str(threads)], stdin=subprocess.PIPE, encoding="utf-8",
                                   stdout=subprocess.PIPE, cwd=folder, env={**os.environ, "PYTHONPATH": folder})
         assert worker.stdin is not None and worker.stdout is not None
         asked, answers = worker.stdin, worker.stdout
@@ -386,6 +387,7 @@ def open_block(block: nn.Module, channels: int, threads: int) -> Callable[[Any],
         program = torch.onnx.export(block, (torch.randn(1, channels, 48, 64),), dynamo=True, dynamic_shapes=(dynamic,),
                                     opset_version=OPSET, verbose=False, optimize=False)
     assert program is not None
+    InlinePass()(program.model)
     simplify_graph(program.model)
     tidy_graph(program.model)
     options = onnxruntime.SessionOptions()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import math
@@ -15,23 +16,22 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import sqlalchemy
 
 from ens.pareto.archive import (
     Archive,
-    ArchiveLocked,
     ArchiveMismatch,
     mark_invalid,
     open_archive,
     read_archive,
     record_tuned,
-    space_manifest,
-    storage_url,
 )
 from ens.pareto.baseline import Baseline, Tuned
-from ens.pareto.records import to_trial
+from ens.pareto.records import space_manifest, to_trial
+from ens.pareto.storage import ArchiveDamaged, ArchiveLocked, check_storage, storage_url
 from ens.search import create_engine
 from ens.search.loop import run_search
 from ens.space import Choice, Genotype, Measurement, SearchSpace, Slot, parse_choice
@@ -49,6 +49,10 @@ SPACE = space_of("vssd", "conv")
 GOOD = Measurement((0, 2, 1), {"psnr_drop_db": 0.1 + 0.2, "macs": 12345678901.0, "params": 1.5}, (30.1, 1 / 3))
 BAD = Measurement((1, 1, 1), {"psnr_drop_db": math.nan, "macs": 2.0}, (29.0, math.inf), valid=False,
                   note="PSNR is not finite")
+
+
+MANY = SearchSpace("many", (Slot("latent", tuple(Choice("conv", depth, teacher=depth == 1)
+                                                 for depth in range(1, 4001))),))
 
 
 def opened(path: Path | str, **changes: object) -> Archive:
@@ -122,7 +126,7 @@ def test_a_failed_opening_leaves_no_lock(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
-    (tmp_path / "page.db").write_text("<html>not found</html>" * 100)
+    (tmp_path / "page.db").write_text("<html>not found</html>" * 100, encoding="utf-8")
     with pytest.raises(ValueError, match="cannot be opened as an archive: file is not a database"):
         read_archive(tmp_path / "page.db")
     for call in (read_archive, lambda path: mark_invalid(path, (0, 0, 0), "why")):
@@ -208,13 +212,13 @@ def test_what_a_record_costs_does_not_grow_with_the_archive(tmp_path: Path, step
 def test_reading_costs_as_much_for_each_of_many_measurements(tmp_path: Path, steps: list[int]) -> None:
     def read(number: int) -> float:
         path = tmp_path / f"{number}.db"
-        opened(path).close()
+        open_archive(path, space=MANY, objectives=NAMES, manifest=MANIFEST).close()
         with sqlite3.connect(path) as other:
             other.executemany("insert into trials (trial_id, number, study_id, state) values (?, ?, 1, 'COMPLETE')",
                               ((index, index) for index in range(number)))
             other.executemany("insert into trial_user_attributes (trial_id, key, value_json) values (?, ?, ?)",
                               ((index, key, value) for index in range(number) for key, value in (
-                                  ("genotype", f'"{index}-0-0"'), ("note", '""'), ("psnr_db", "[30.0]"),
+                                  ("genotype", f'"{index}"'), ("note", '""'), ("psnr_db", "[30.0]"),
                                   ("values", '{"psnr_drop_db": 0.0, "macs": 1.0}'))))
         steps.clear()
         assert len(read_archive(path).measurements()) == number
@@ -229,6 +233,8 @@ def test_reading_costs_as_much_for_each_of_many_measurements(tmp_path: Path, ste
 def test_a_run_folder_of_any_name_holds_its_own_archive(name: str, kind: type, tmp_path: Path) -> None:
     if sys.platform == "win32":
         pytest.skip("these names are not allowed there")
+    if not name.isascii() and sys.getfilesystemencoding() != "utf-8":
+        pytest.skip("this locale cannot write the name")
     plain, odd = (tmp_path / folder / "archive.db" for folder in ("a", name))
     opened(plain).close()
     with opened(kind(odd)) as archive:
@@ -284,7 +290,7 @@ def test_fine_tuned_results_that_make_no_sense_are_refused(tmp_path: Path) -> No
     opened(path).close()
     for psnr_db, report, genotype, message in (
             ((), {}, (0, 2, 1), "finite"), ((math.nan,), {}, (0, 2, 1), "finite"),
-            ((30.0,), {"after": math.inf}, (0, 2, 1), "finite"),
+            ((30.0,), {"after": -math.inf}, (0, 2, 1), "finite"),
             ((30.0,), {"afterwards": 1.0}, (0, 2, 1), "they have input"),
             ((30.0,), {}, (0, 2, 7), "latent|decoder"), ((30.0,), {}, (0,), "has 3 entries")):
         with pytest.raises(ValueError, match=message):
@@ -325,7 +331,7 @@ def search(path: Path, ledger: Path) -> None:
 
     def evaluate(batch: list[Genotype]) -> Iterator[Measurement]:
         for genotype in batch:
-            with ledger.open("a") as file:
+            with ledger.open("a", encoding="utf-8") as file:
                 file.write(f"{genotype}\n")
             time.sleep(0.005)
             yield Measurement(genotype, {"psnr_drop_db": float(sum(genotype)) ** 2, "macs": 9.0 - genotype[0]})
@@ -360,4 +366,98 @@ def test_kill_9_five_times_then_the_same_archive_as_an_uninterrupted_search(tmp_
 
 
 def _lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+
+
+def test_reading_an_empty_or_foreign_file_writes_nothing_into_it(tmp_path: Path) -> None:
+    """Optuna would make its tables in whatever it opens."""
+    empty, foreign, begun = (tmp_path / name for name in ("empty.db", "foreign.db", "begun.db"))
+    empty.touch()
+    with sqlite3.connect(foreign) as other:
+        other.execute("create table songs (title text)")
+    with sqlite3.connect(begun) as other:  # killed while the tables were made
+        other.execute("create table studies (study_id integer)")
+    before = {path: path.read_bytes() for path in (empty, foreign, begun)}
+    for path, kind, words in ((empty, FileNotFoundError, "is empty"), (begun, FileNotFoundError, "is empty"),
+                              (foreign, ArchiveDamaged, "database of something else, with tables songs")):
+        with pytest.raises(kind, match=words):
+            read_archive(path)
+    with pytest.raises(ArchiveDamaged, match="something else"):
+        opened(foreign)
+    assert {path: path.read_bytes() for path in before} == before
+    with opened(empty) as archive:
+        archive.record(GOOD)
+    assert read_archive(empty).measurements() == [GOOD]
+
+
+def test_a_process_killed_before_the_manifest_leaves_an_archive_that_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "archive.db"
+    optuna.create_study(study_name="ens", storage=f"sqlite:///{path}", directions=["minimize"] * 2)
+    with pytest.raises(FileNotFoundError, match="holds nothing yet"):
+        read_archive(path)
+    with opened(path) as archive:
+        archive.record(GOOD)
+    assert read_archive(path).measurements() == [GOOD]
+
+
+@pytest.mark.parametrize(("table", "key", "value", "words"), [
+    ("study_user_attributes", "ens", "[1, 2]", "its manifest is damaged"),
+    ("study_user_attributes", "ens", '{"space": 3}', "its manifest is damaged"),
+    ("study_user_attributes", "ens", "{", "Expecting property name"),
+    ("study_user_attributes", "ens:baseline", '{"teacher_psnr_db": "x"}', "its baseline is damaged .teacher_psnr_db"),
+    ("study_user_attributes", "ens:tuned:0-2-1:r", "null", "a fine-tuned result is damaged"),
+    ("study_user_attributes", "ens:unusable:a-b", '"why"', "invalid literal"),
+    ("trial_user_attributes", "genotype", '"9-9-9"', "a measurement is damaged .*allows 0 to 2, got 9"),
+    ("trial_user_attributes", "genotype", "17", "a measurement is damaged .genotype"),
+    ("trial_user_attributes", "values", "{}", "a measurement is damaged .*psnr_drop_db, macs are not all there"),
+    ("trial_user_attributes", "psnr_db", '["thirty"]', "a measurement is damaged .psnr_db"),
+])
+def test_a_damaged_archive_is_named_with_what_to_do(tmp_path: Path, table: str, key: str, value: str,
+                                                    words: str) -> None:
+    path = tmp_path / "archive.db"
+    with open_archive(path, space=SPACE, objectives=NAMES, manifest=MANIFEST,
+                      baseline=Baseline((30.0, 31.0), (), {})) as archive:
+        archive.record(GOOD)
+        record_tuned(path, GOOD.genotype, recipe="r", psnr_db=(30.0, 31.0), report={})
+        mark_invalid(path, GOOD.genotype, "why")
+    renamed = {"ens:unusable:a-b": "ens:unusable:0-2-1"}.get(key, key)
+    with sqlite3.connect(path) as other:
+        changed = other.execute(f"update {table} set key = ?, value_json = ? where key = ?", (key, value, renamed))
+        assert changed.rowcount == 1
+    with pytest.raises(ArchiveDamaged, match=f"archive.db cannot be opened as an archive: .*{words}.*search again in "
+                                             "another run folder"):
+        read_archive(path)
+
+
+def test_no_damage_to_the_bytes_ends_in_another_error(tmp_path: Path) -> None:
+    path, rng = tmp_path / "archive.db", np.random.default_rng(0)
+    with opened(path) as archive:
+        archive.record(GOOD)
+        archive.record(BAD)
+    whole = path.read_bytes()
+    for number in range(60):
+        data = bytearray(whole[:len(whole) // 2] if number % 10 == 0 else whole)
+        for position in rng.integers(0, len(data), 40 if number % 2 else 4000):
+            data[position] = rng.integers(256)
+        path.write_bytes(bytes(data))
+        with contextlib.suppress(ArchiveDamaged, ArchiveMismatch, FileNotFoundError):
+            read_archive(path)
+
+
+def test_a_mark_is_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "archive.db"
+    with opened(path) as archive:
+        archive.record(GOOD)
+    mark_invalid(path, GOOD.genotype, "why")
+    assert read_archive(path).marked == {GOOD.genotype: "why"} and not read_archive(path).measurements()[0].valid
+    mark_invalid(path, GOOD.genotype, "")
+    assert read_archive(path).marked == {} and read_archive(path).measurements() == [GOOD]
+
+
+@pytest.mark.parametrize(("storage", "words"), [
+    ("postgres9://host/db", "Can't load plugin: sqlalchemy.dialects:postgres9"), ("://", "is no storage"),
+    ("mysql+mysqldb://me:secret@host/db", r"mysqldb://me:\*\*\*@host/db needs the Python package MySQLdb"),
+    ("sqlite://", "names no file")])
+def test_a_storage_without_its_driver_is_found_by_its_name(storage: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_storage(storage)

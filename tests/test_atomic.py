@@ -62,7 +62,8 @@ with atomic_path(Path(sys.argv[1])) as temporary:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and flock")
 def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.bin"
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True,
+                               encoding="utf-8")
     assert process.stdout is not None
     temporary = Path(process.stdout.readline().strip())
     (tmp_path / ".mine.tmp").touch()

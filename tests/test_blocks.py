@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ens.blocks import FAMILIES, create_stack, family_options
+from ens.blocks.norm import ChannelNorm, MapNorm
+from ens.blocks.restormer import unit_rows
 
 EXPORTED = ("restormer", "vssd", "ssd", "conv", "mambair")
 
@@ -86,6 +91,23 @@ def test_wrong_requests_name_what_is_allowed() -> None:
         create_stack("vssd", 10, 1)
 
 
+@pytest.mark.parametrize(("family", "depth", "options", "message"), [
+    ("conv", 1_000_000_000, {}, "depth is 1 to 256"), ("conv", -1, {}, "depth is 1 to 256"),
+    ("vssd", 1, {"state": 10**12}, "state is a whole number from 1 to 1024"), ("vssd", 1, {"state": -1}, "state is"),
+    ("vssd", 1, {"state": 8.0}, "state is a whole number"), ("vssd", 1, {"state": True}, "state is a whole number"),
+    ("conv", 1, {"expand": float("nan")}, "expand is a number above 0"), ("conv", 1, {"expand": 0}, "expand"),
+    ("conv", 1, {"expand": 1e9}, "expand"), ("conv", 1, {"kernel_size": 10_001}, "kernel_size is"),
+    ("uformer", 1, {"window": 10**6}, "window is a whole number from 1 to 64"), ("conv", 1, {"expand": (2,)}, "expand"),
+    ("uformer", 1, {"shift": 1}, "shift is true or false"), ("restormer", 1, {"layer_norm": 3}, "layer_norm is text"),
+    ("restormer", 1, {"heads": 10**4000}, "got a number of many digits"),
+    ("plk", 256, {"kernel_size": 127, "max_large_channels": 512, "split_ratio": 1.0}, "allowed: 500,000,000"),
+])
+def test_a_size_that_nobody_can_mean_is_refused_before_it_is_built(
+        family: str, depth: int, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_stack(family, 512, depth, options=options)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", EXPORTED)
 def test_block_exports_with_dynamic_height_and_width(family: str, tmp_path: Path) -> None:
@@ -103,9 +125,42 @@ def test_block_exports_with_dynamic_height_and_width(family: str, tmp_path: Path
         assert np.linalg.norm(y - truth) < 1e-4 * np.linalg.norm(truth)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_black_map_stays_finite_in_every_precision(dtype: torch.dtype) -> None:
-    """An epsilon under a root must be a number of the precision it is used in: 1e-24 is 0 in float16."""
-    block = create_stack("restormer", 8, 1, heads=2).to(dtype)
-    for value in (0.0, 1.0):
-        assert torch.isfinite(block(torch.full((1, 8, 8, 8), value, dtype=dtype))).all()
+def flat_map(kind: str, side: int = 16) -> Tensor:
+    """(1, 16, side, side) without texture: black, white, one value a channel, half of that black, very small, large."""
+    colour = torch.linspace(-1, 1, 16).view(1, -1, 1, 1).expand(1, 16, side, side).clone()
+    if kind == "half-black":
+        colour[..., side // 2:] = 0
+    return {"black": 0 * colour, "white": 0 * colour + 1, "constant": colour, "half-black": colour,
+            "tiny": 1e-6 * colour, "large": 1000 * colour}[kind]
+
+
+@pytest.mark.parametrize("kind", ["black", "white", "constant", "half-black", "tiny", "large"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_map_without_texture_gives_in_half_precision_what_it_gives_in_float32(
+        family: str, dtype: torch.dtype, kind: str) -> None:
+    """An epsilon must be a number of the precision it is used in: 1e-24 is 0 in float16."""
+    stack, x = make_stack(family, channels=16), flat_map(kind).to(dtype)
+    for parameter in stack.parameters():  # representable in both, so that only the computation differs
+        parameter.data = parameter.data.to(dtype).float()
+    with torch.no_grad():
+        truth = stack(x.float())
+        y = stack.to(dtype)(x)
+    assert y.dtype == dtype and y.isfinite().all()
+    scale = max(float(truth.norm()), float(x.float().norm()), 1e-3)
+    assert float((y.float() - truth).norm()) / scale < (0.1 if dtype == torch.bfloat16 else 0.02)
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1.0, 300.0, 30_000.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalise", [ChannelNorm(16), ChannelNorm(16, layer_norm="BiasFree"), MapNorm(16),
+                                       unit_rows], ids=["WithBias", "BiasFree", "map", "unit rows"])
+def test_what_divides_by_a_root_does_not_leave_the_range_of_half_precision(
+        normalise: Callable[[Tensor], Tensor], dtype: torch.dtype, factor: float) -> None:
+    """256² is infinite in float16, and a root of infinity makes a norm return zeros without a word."""
+    x = (factor * image(9, 7, channels=16).clamp(-2, 2)).to(dtype)
+    with torch.no_grad():
+        truth = normalise(x.float())
+        y = (copy.deepcopy(normalise).to(dtype) if isinstance(normalise, nn.Module) else normalise)(x)
+    assert y.dtype == dtype and float((y.float() - truth).norm() / truth.norm()) < (
+        0.02 if dtype == torch.bfloat16 else 0.003)

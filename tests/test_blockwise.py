@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +15,8 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from ens.distill.blockwise import create_surrogate, distill_library
-from ens.distill.fit import ResumeMismatch
 from ens.distill.library import Library, LibraryError, create_library, open_library
+from ens.distill.resume import DamagedState, ResumeMismatch
 from ens.networks import create_network
 from ens.networks.checkpoints import hash_weights
 from ens.networks.steps import Network, create_filling
@@ -85,6 +89,43 @@ def test_an_unfinished_distillation_is_not_continued_with_another_recipe(tmp_pat
         distill(network, library, lr=1e-4)
 
 
+@pytest.mark.parametrize("group_size", [64, 3])
+@pytest.mark.parametrize("stored", range(1, 5))
+def test_a_kill_while_a_group_is_stored_ends_with_the_same_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                   group_size: int, stored: int) -> None:
+    """Also right after the last of a group was stored, before its state was removed."""
+    network = teacher()
+    whole, killed = (create_library(tmp_path / name, network, task="t", recipe={}) for name in ("whole", "killed"))
+    assert distill(network, whole, group_size=group_size)
+    store, counted = Library.store, itertools.count(1)
+
+    def dies(self: Library, *arguments: Any, **options: Any) -> None:
+        store(self, *arguments, **options)
+        if next(counted) == stored:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Library, "store", dies)
+        distill(network, killed, group_size=group_size)
+    assert (tmp_path / "killed" / "training.pt").exists()
+    again = open_library(tmp_path / "killed")
+    assert distill(network, again, group_size=group_size)
+    assert again.surrogates == whole.surrogates and not (tmp_path / "killed" / "training.pt").exists()
+
+
+def test_a_damaged_state_is_named_and_told_to_begin_again(tmp_path: Path) -> None:
+    network = teacher()
+    library = create_library(tmp_path / "lib", network, task="t", recipe={})
+    distill(network, library, stop_after=2)
+    path = library.root / "training.pt"
+    state = torch.load(path, weights_only=True)
+    key = next(iter(state["pupils"]))
+    for changed in ({"done": None}, {"pupils": [1]}, {"pupils": {**state["pupils"], key: {"params": {}}}},
+                    {"pupils": {**state["pupils"], key: {"params": {}, "skipped": 0, "optimizer": {}}}}):
+        torch.save({**state, **changed}, path)
+        with pytest.raises(DamagedState, match=r"training\.pt.* is damaged .*--restart begins this training again"):
+            distill(network, library)
+
+
 def test_a_diverging_choice_is_marked_failed_and_the_others_go_on(tmp_path: Path,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     network = teacher()
@@ -112,7 +153,7 @@ def test_a_library_round_trips_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     network = teacher()
     original = hash_weights(network)
     library = create_library(tmp_path / "lib", network, task="t", recipe={"steps": 1}, dtype=dtype)
-    assert library.imitates(network) and library.manifest["teacher"]["source_sha256"] == original
+    assert library.imitates(network) and library.manifest.teacher.source_sha256 == original
     spec, choice = network.slot("latent"), Choice("vssd", 1, (("state", 8),))
     blocks = create_filling(spec, choice)
     library.store(spec, choice, blocks, alignment_error=0.5, steps=1)
@@ -160,13 +201,13 @@ def test_a_library_of_the_first_version_with_multiply_adds_still_opens(tmp_path:
 def test_weights_that_do_not_fit_the_manifest_are_refused(tmp_path: Path) -> None:
     network = teacher()
     library = create_library(tmp_path / "lib", network, task="t", recipe={})
-    manifest = json.loads((tmp_path / "lib" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "lib" / "manifest.json").read_text(encoding="utf-8"))
     manifest["teacher"]["sha256"] = "0" * 64
-    (tmp_path / "lib" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "lib" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(LibraryError, match="not the teacher"):
         open_library(tmp_path / "lib").load_teacher()
     (tmp_path / "lib" / "teacher.safetensors").write_bytes(b"torn")
-    with pytest.raises(LibraryError, match="cannot be read"):
+    with pytest.raises(LibraryError, match=r"truncated.*distil it again"):
         library.load_teacher()
 
 
@@ -175,6 +216,67 @@ def test_what_is_no_library_is_named(tmp_path: Path) -> None:
         open_library(tmp_path)
     with pytest.raises(LibraryError, match="does not ship"):
         open_library("builtin:nothing")
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(LibraryError, match="damaged"):
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(LibraryError, match="no manifest"):
         open_library(tmp_path)
+
+
+def broken_manifests(sound: str) -> Iterator[tuple[str, str]]:
+    """(what was done, the text): cut at many places, every entry removed or replaced by something of another type."""
+    for end in range(0, len(sound) - 1, 97):
+        yield f"cut at {end}", sound[:end]
+    yield from (("nested", "[" * 100_000), ("list", "[]"), ("number", "3"), ("null", "null"))
+
+    def change(tree: dict[str, Any], place: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+        for key in list(tree):
+            before = tree.pop(key)
+            if key != "failed" and place[-1:] not in (("recipe",), ("options",), ("surrogates",)):
+                yield f"without {(*place, key)}", json.dumps(manifest)
+                for value in (None, [], {}, "x", -3, True, float("nan")):
+                    if type(value) is not type(before) and key not in ("task", "surrogates"):
+                        tree[key] = value
+                        yield f"{(*place, key)} = {value}", json.dumps(manifest)
+            tree[key] = before
+            if isinstance(before, dict):
+                yield from change(before, (*place, key))
+
+    manifest = json.loads(sound)
+    yield from change(manifest, ())
+
+
+def test_a_damaged_manifest_is_named_with_what_to_do(tmp_path: Path) -> None:
+    network = teacher()
+    library = create_library(tmp_path, network, task="t", recipe={"steps": 1})
+    spec, choice = network.slot("latent"), Choice("vssd", 1)
+    library.store(spec, choice, create_filling(spec, choice), alignment_error=0.5, steps=1)
+    path, opened = tmp_path / "manifest.json", []
+    for what, text in broken_manifests(path.read_text(encoding="utf-8")):
+        path.write_text(text, encoding="utf-8")
+        try:
+            open_library(tmp_path)
+            opened.append(what)
+        except LibraryError as error:
+            assert str(path) in str(error) and "distil it again" in str(error) and "\n" not in str(error), what
+    assert not opened
+
+
+@pytest.mark.parametrize(("entry", "value", "expected"), [
+    ("network", "nafnet", r"the teacher of its manifest cannot be built.*'nafnet' is unknown"),
+    ("options", {"dim": 10**9}, "dim is a whole number"), ("options", {"width": 3}, "no option 'width'")])
+def test_a_manifest_whose_teacher_cannot_be_built_is_named(
+        tmp_path: Path, entry: str, value: object, expected: str) -> None:
+    library = create_library(tmp_path, teacher(), task="t", recipe={})
+    manifest = library.manifest.model_dump()
+    manifest["teacher"][entry] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    for build in (open_library(tmp_path).create_skeleton, open_library(tmp_path).load_teacher):
+        with pytest.raises(LibraryError, match=expected):
+            build()
+
+
+def test_a_pipe_in_the_place_of_weights_is_refused_at_once(tmp_path: Path) -> None:
+    library = create_library(tmp_path, teacher(), task="t", recipe={})
+    (tmp_path / "teacher.safetensors").unlink()
+    os.mkfifo(tmp_path / "teacher.safetensors")
+    with pytest.raises(LibraryError, match="is not a file"):
+        library.load_teacher()

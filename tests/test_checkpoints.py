@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -13,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ens.networks import create_network
-from ens.networks.checkpoints import CheckpointError, hash_weights, load_checkpoint, save_checkpoint
+from ens.networks.checkpoints import (
+    CHECKPOINT_FORMAT,
+    CheckpointError,
+    describe_recipe,
+    hash_weights,
+    load_checkpoint,
+    save_checkpoint,
+)
 from ens.networks.restormer import infer_expansion
 from ens.networks.steps import Network
 
@@ -64,7 +73,8 @@ def test_released_sizes_give_the_released_expansion_factor() -> None:
 
 
 @pytest.mark.parametrize("wrapper", ["params", "state_dict", "model_state_dict", "model", "net"])
-@pytest.mark.parametrize("prefix", ["", "module.", "netG.", "module.net."])
+@pytest.mark.parametrize("prefix", ["", "module.", "netG.", "module.net.", "_orig_mod.", "module._orig_mod.",
+                                    "model._orig_mod.", "network."])
 def test_wrappers_and_prefixes_are_stripped(tmp_path: Path, wrapper: str, prefix: str) -> None:
     network = small()
     state = OrderedDict((prefix + key, value) for key, value in network.state_dict().items())
@@ -212,3 +222,160 @@ def test_files_without_weights_list_what_they_hold(tmp_path: Path) -> None:
     assert "epoch, loss" in message(tmp_path / "log.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     assert "holds a list" in message(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize("wrapper", ["params_ema", "ema", "model_ema", "state_dict_ema"])
+def test_averaged_weights_are_taken_under_every_usual_name_and_said(
+        tmp_path: Path, wrapper: str, caplog: pytest.LogCaptureFixture) -> None:
+    averaged = small()
+    raw = {key: value + 1 for key, value in averaged.state_dict().items()}
+    torch.save({"state_dict": raw, wrapper: {f"module.{key}": value for key, value in averaged.state_dict().items()}},
+               tmp_path / "both.ckpt")
+    assert hash_weights(load_checkpoint(tmp_path / "both.ckpt")) == hash_weights(averaged)
+    assert f"the weights under {wrapper}.module are taken; left out: state_dict" in caplog.text
+
+
+def test_the_file_of_an_averaged_model_opens(tmp_path: Path) -> None:
+    network = small()
+    averaged = torch.optim.swa_utils.AveragedModel(network, use_buffers=True)
+    torch.save(averaged.state_dict(), tmp_path / "averaged.pth")
+    assert "n_averaged" in averaged.state_dict()
+    assert hash_weights(load_checkpoint(tmp_path / "averaged.pth")) == hash_weights(network)
+
+
+@pytest.mark.parametrize("empty", [{}, {"step": torch.tensor(3)}, None])
+def test_an_empty_average_does_not_hide_good_weights(tmp_path: Path, empty: object) -> None:
+    network = small()
+    torch.save({"params_ema": empty, "params": network.state_dict()}, tmp_path / "empty.pth")
+    assert hash_weights(load_checkpoint(tmp_path / "empty.pth")) == hash_weights(network)
+
+
+def lightning(network: Network, **more: Tensor) -> dict[str, Any]:
+    """What a LightningModule with the network as `model` leaves: optimiser, callbacks, hyper-parameters beside it."""
+    optimiser = torch.optim.Adam(network.parameters())
+    sum(parameter.sum() for parameter in network.parameters()).backward()  # type: ignore[union-attr]
+    optimiser.step()
+    state = {f"model.{key}": value for key, value in network.state_dict().items()}
+    return {"epoch": 3, "global_step": 9, "pytorch-lightning_version": "2.4.0", "state_dict": {**state, **more},
+            "loops": {"fit_loop": {"state_dict": {}}}, "callbacks": {"ModelCheckpoint": {"best": torch.tensor(31.2)}},
+            "optimizer_states": [optimiser.state_dict()], "lr_schedulers": [], "hyper_parameters": {"dim": 8}}
+
+
+def test_a_lightning_file_opens_and_the_weights_of_its_loss_are_left_out_and_said(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network = small()
+    file = lightning(network, **{"loss.vgg.0.weight": torch.ones(4, 3, 3, 3), "loss.vgg.0.bias": torch.ones(4)})
+    torch.save(file, tmp_path / "last.ckpt")
+    assert hash_weights(load_checkpoint(tmp_path / "last.ckpt")) == hash_weights(network)
+    assert "state_dict.model are taken; left out: 2 keys such as loss.vgg.0.weight" in caplog.text
+    caplog.clear()
+    torch.save(lightning(network), tmp_path / "plain.ckpt")
+    load_checkpoint(tmp_path / "plain.ckpt")
+    assert not caplog.text, "where there is nothing to choose nothing is said"
+
+
+def test_an_average_beside_the_raw_weights_of_one_dictionary_is_preferred(tmp_path: Path) -> None:
+    averaged = small()
+    raw = {f"model.{key}": value + 1 for key, value in averaged.state_dict().items()}
+    torch.save({"state_dict": {**raw, **{f"ema_model.module.{key}": value
+                                         for key, value in averaged.state_dict().items()}}}, tmp_path / "both.ckpt")
+    assert hash_weights(load_checkpoint(tmp_path / "both.ckpt")) == hash_weights(averaged)
+
+
+def test_a_network_inside_another_one_is_not_taken_for_it(tmp_path: Path) -> None:
+    torch.save({f"stage1.{key}": value for key, value in small().state_dict().items()}, tmp_path / "two.pth")
+    assert "holds another network" in message(tmp_path / "two.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".pt"])
+def test_safetensors_under_another_name_open(tmp_path: Path, suffix: str) -> None:
+    network = small(layer_norm="BiasFree")
+    save_checkpoint(tmp_path / "own.safetensors", network)
+    (tmp_path / "own.safetensors").rename(tmp_path / f"own{suffix}")
+    assert hash_weights(load_checkpoint(tmp_path / f"own{suffix}")) == hash_weights(network)
+    safetensors.torch.save_file(network.state_dict(), tmp_path / f"bare{suffix}")
+    assert hash_weights(load_checkpoint(tmp_path / f"bare{suffix}")) == hash_weights(network)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_pickle_named_safetensors_opens(tmp_path: Path, new: bool) -> None:
+    network = small()
+    torch.save({"params": network.state_dict()}, tmp_path / "p.safetensors", _use_new_zipfile_serialization=new)
+    assert hash_weights(load_checkpoint(tmp_path / "p.safetensors")) == hash_weights(network)
+
+
+@pytest.mark.parametrize("block", ["latent.1", "latent.2", "encoder_level2.1", "decoder_level2.0", "refinement.0"])
+def test_a_file_that_lacks_a_block_is_an_error_that_names_it(tmp_path: Path, block: str) -> None:
+    """In a released file torch notes every module of the network that was saved: the last block of a stage, too."""
+    state = small(num_blocks=(1, 2, 1, 3), num_refinement_blocks=2).state_dict()
+    for key in [key for key in state if key.startswith(f"{block}.")]:
+        del state[key]
+    torch.save({"params": state}, tmp_path / "holes.pth")
+    assert block.removesuffix(".1") in message(tmp_path / "holes.pth")
+
+
+@pytest.mark.parametrize("stage", ["encoder_level2", "decoder_level2"])
+def test_a_stage_that_is_no_mirror_of_its_partner_is_an_error(tmp_path: Path, stage: str) -> None:
+    state = {key: value for key, value in small().state_dict().items() if not key.startswith(f"{stage}.1.")}
+    torch.save(state, tmp_path / "lopsided.pth")
+    assert "encoder_level2 has" in message(tmp_path / "lopsided.pth")
+
+
+def test_whole_numbers_are_not_taken_for_weights(tmp_path: Path) -> None:
+    for dtype in (torch.int8, torch.int64, torch.complex64):
+        torch.save({key: value.to(dtype) for key, value in small().state_dict().items()}, tmp_path / "odd.pth")
+        assert "other types: patch_embed.proj.weight" in message(tmp_path / "odd.pth")
+
+
+def test_an_own_checkpoint_with_flipped_bits_is_damaged(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "own.safetensors", small())
+    data = bytearray((tmp_path / "own.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "own.safetensors").write_bytes(data)
+    assert "the hash differs" in message(tmp_path / "own.safetensors")
+
+
+@pytest.mark.parametrize(("entry", "value", "expected"), [
+    ("options", '{"dim": 1000000000}', "dim is a whole number from 1 to 4096, got 1000000000"),
+    ("options", '{"num_blocks": [1000000000, 1, 1, 1]}', "num_blocks is a list"),
+    ("options", '{"dim": -8}', "dim is a whole number"), ("options", '{"dim": true}', "dim is a whole number"),
+    ("options", '{"ffn_expansion_factor": 1e300}', "above 0, 16 at most"),
+    ("options", '{"dim": 4096, "heads": [1, 1, 1, 1]}', "parameters; allowed: 500,000,000"),
+    ("options", "[1]", "entry options"), ("options", "{", "entry options"),
+    ("network", "restorer", "is unknown"), ("weights_sha256", "", "entry weights_sha256")])
+def test_metadata_beyond_all_sense_are_named_before_anything_is_built(
+        tmp_path: Path, entry: str, value: str, expected: str) -> None:
+    network = small()
+    metadata = {**describe_recipe(network, CHECKPOINT_FORMAT, None), entry: value}
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "odd.safetensors", metadata)
+    assert expected in message(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_pipe_or_a_device_is_refused_at_once(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    assert "is not a file" in message(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"zeros{suffix}").symlink_to("/dev/zero")
+    assert "is not a file" in message(tmp_path / f"zeros{suffix}")
+
+
+@pytest.mark.parametrize("name", ["own.safetensors", "own.pth", "legacy.pth"])
+def test_random_damage_ends_in_the_one_error_of_checkpoints(tmp_path: Path, name: str) -> None:
+    """40 files a format, seeded: bytes of the header or of the directory of the archive changed, or the end cut."""
+    path, rng, caught = tmp_path / name, random.Random(1), 0
+    if name == "legacy.pth":
+        torch.save(small().state_dict(), path, _use_new_zipfile_serialization=False)
+    else:
+        save_checkpoint(path, small())
+    sound = path.read_bytes()
+    for _ in range(40):
+        data, head = bytearray(sound), min(len(sound), 12_000)
+        start = rng.choice([0, len(sound) - head])
+        for _ in range(rng.choice([1, 2, 8])):
+            data[start + rng.randrange(head)] = rng.randrange(256)
+        path.write_bytes(data[:rng.randrange(len(data))] if rng.random() < 0.1 else data)
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            caught += str(path) in str(error)
+    assert caught >= 8

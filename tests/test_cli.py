@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +12,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from ens import cli, pipeline
-from ens.config import StudyConfig, TrainConfig
+from ens.config import StudyConfig, TrainConfig, load_study
+from ens.data.folders import find_pairs
 from ens.networks import create_network
 from ens.networks.checkpoints import save_checkpoint
+from ens.pareto.archive import mark_invalid, open_archive
 from ens.run_folder import RunFolder
 from ens.runtime.process import Control, Interrupted, Stop
 from ens.shortage import is_disk_error
+from ens.space import Measurement
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -52,6 +59,9 @@ def failing_search(error: Exception) -> Callable[..., None]:
     (ValueError("two\n  lines"), 1, "error: two lines\n"),
     (AssertionError("never"), 1, "error: unexpected AssertionError: never; ENS_TRACEBACK=1 shows where"),
     (OSError(errno.ENOSPC, "No space left on device"), 74, "ens search demo --out x"),
+    (PermissionError(errno.EACCES, "Permission denied"), 74, "read-only or closed to you"),
+    (OSError(errno.EFBIG, "File too large"), 74, "then: ens search demo --out x"),
+    (MemoryError(), 1, "error: memory ran out (MemoryError); what is done is kept. To continue: ens search demo"),
     (OSError("genotype 0-1 could not be stored: (sqlite3.OperationalError) database or disk is full"), 74, "disk"),
 ])
 def test_an_error_is_one_sentence_and_an_exit_code(
@@ -130,6 +140,7 @@ def test_changes_reach_the_study(run_cli: Callable[..., int], monkeypatch: pytes
     (("search", "demo", "--out", "x", "--set", "budget"), "KEY=VALUE"),
     (("search", "demo", "--out", "x", "--set", "seed=1", "--set", "seed.x=1"), "seed was set to 1"),
     (("pareto", "no/run"), "not a run folder"),
+    (("inspect", "erf", "no/run", "--slot", "latent", "--out", "x.jpg"), "is a PNG; x.jpg has another"),
     (("evaluate", "--checkpoint", "x.onnx", "--data", "d", "--task", "dehaze"), "no task 'dehaze'"),
 ])
 def test_wrong_input_names_what_is_allowed(run_cli: Callable[..., int], capsys: pytest.CaptureFixture[str],
@@ -151,8 +162,69 @@ def test_a_teacher_of_ens_train_is_half_of_the_loss_unless_a_weight_says_more(
                                             heads=[1] * 4))
     for weight in ((), ("--teacher-weight", "0.9")):
         assert run_cli("train", "restormer_denoise", "--out", "x", "--teacher", teacher, *weight, "--set",
-                       "data.validation=builtin:photos") == 0
+                       "data.validation=builtin:photos", "--set", "data.train=builtin:train-photos") == 0
     assert [(train.taught_by, train.taught_weight) for train in seen] == [(teacher, 0.5), (teacher, 0.9)]
+
+
+def test_folders_typed_are_relative_to_where_they_are_typed(
+        run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The study lies elsewhere; `--teacher` is read the same way."""
+    seen: list[StudyConfig] = []
+    monkeypatch.setattr(pipeline, "search", lambda run, control: seen.append(run.study) or [])
+    (tmp_path / "mine").mkdir()
+    shutil.copy(find_pairs("builtin:photos")[0].clean, tmp_path / "mine")
+    (tmp_path / "other").mkdir()
+    shutil.copy(ROOT / "search_spaces" / "demo.yaml", tmp_path / "other" / "study.yaml")
+    run_cli("search", "other/study.yaml", "--out", "x", "--set", "data.report=builtin:photos", "--set",
+            "data.validation=other", "--set", "data.train=mine")
+    assert not seen, "other holds no images"
+    assert run_cli("search", "other/study.yaml", "--out", "x", "--set", "data.train=mine", "--set",
+                   "finetune.phases=[[0,16,1]]") == 0
+    assert seen[0].data.train == str((tmp_path / "mine").resolve())
+
+
+def test_a_checkpoint_of_nan_scores_nothing_and_says_so(
+        run_cli: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    network = create_network("restormer", dim=8, num_blocks=[1] * 4, num_refinement_blocks=1, heads=[1] * 4)
+    with torch.no_grad():
+        next(network.parameters()).fill_(float("nan"))
+    torch.save({"params": network.state_dict()}, tmp_path / "nan.pth")
+    assert run_cli("evaluate", "--checkpoint", "nan.pth", "--data", "builtin:report-photos", "--task", "denoise_s25",
+                   "--crop", "64") == 1
+    assert "not finite on 1 of 1 images" in capsys.readouterr().err
+
+
+def test_a_read_only_run_still_prints_its_front(
+        run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        tmp_path: Path) -> None:
+    """As on a read-only file system, where a database can be read and nothing be written."""
+    study = load_study(ROOT / "search_spaces" / "demo.yaml")
+    run = RunFolder.start(study, tmp_path / "a b")
+    with open_archive(run.storage, space=run.space, objectives=study.search.objectives, manifest={}) as archive:
+        archive.record(Measurement(run.space.teacher, {"psnr_drop_db": 0.0, "penalty": 16.0}, (30.0,)))
+    monkeypatch.setattr("ens.evaluate.crops.draw_crops", lambda *arguments: {})
+    before = run.path / "front.csv"
+
+    def refuse(path: Path, data: bytes) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+    monkeypatch.setattr("ens.pareto.report.write_atomic", refuse)
+    assert run_cli("pareto", str(run.path)) == 74
+    output = capsys.readouterr()
+    assert "1 genotypes measured" in output.out and "0-0-0-0-0-0-0-0" in output.out and not before.exists()
+    assert f"ens pareto '{run.path}'" in output.err
+    mark_invalid(run.storage, run.space.teacher, "it is green")
+    assert run_cli("pareto", str(run.path)) == 1 and "has “it is green”" in capsys.readouterr().err
+    assert run_cli("pareto", str(run.path), "--unmark", "0-0-0-0-0-0-0-0") == 74
+    assert "1 genotypes measured, 1 on the front, 0 invalid" in capsys.readouterr().out
+    assert run_cli("pareto", str(run.path), "--unmark", "0-0-0-0-0-0-0-0") == 1
+    assert "is not marked" in capsys.readouterr().err
+
+
+def test_printed_commands_are_quoted_for_the_shell(run_cli: Callable[..., int], tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my run").mkdir()
+    assert run_cli("pareto", "my run") == 1
+    assert "`ens search SPACE.yaml --out 'my run'` makes one" in capsys.readouterr().err
 
 
 def test_info_names_everything_a_study_may_use(run_cli: Callable[..., int],
@@ -165,6 +237,6 @@ def test_info_names_everything_a_study_may_use(run_cli: Callable[..., int],
 
 def test_help_answers_without_loading_pytorch() -> None:
     code = "import sys\nfrom ens.cli import app\ntry: app(['--help'])\nfinally: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace",
                           cwd=Path(__file__).resolve().parents[1])
     assert done.stdout.rstrip().endswith("False")

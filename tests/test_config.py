@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,47 @@ def test_folders_are_relative_to_the_study_and_the_name_is_the_files(tmp_path: P
     ("slots: {latent: [vssd×1]}", "either `choices`"),
     ("network:", "give `teacher`, or `network` with a name"),
     ("a: [", "not valid YAML"),
+    ("a: " + "[" * 50_000, "not valid YAML"),
+    ("a: 2024-99-99", "not valid YAML"),
+    ("seed: " + "9" * 5000, "not valid YAML"),
+    ("a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
+     "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d,*d,*d,*d,*d,*d,*d]", "more than 20,000 values"),
+    ("a: &a [*a]", "more than 20,000 values"),
+    ("train: {clip_norm: .inf}", "train.clip_norm is a finite number, got inf"),
+    ("finetune: {lr: .nan}", "finetune.lr is a finite number, got nan"),
+    ("seed: 4294967296", "seed is less than 4294967296"), ("seed: -1", "seed is at least 0"),
+    ("distill: {batch_size: 65536, patch_px: 4096}", r"distill: a batch of 65536 patches of 4096² px is more than"),
+    ("train: {phases: [[0, 4096, 65536]]}", "train: a batch of 65536 patches of 4096² px"),
+    ("distill: {group_size: 1000000000}", "distill.group_size is at most 65536"),
+    ("search: {budget: 1000000000000}", "search.budget is at most 100000000"),
+    ("penalty: {teacher: -1}", "penalty.teacher is at least 0"), ("data: {limit: 0}", "data.limit is at least 1"),
+    ("data: {crop_px: 1000000000}", "data.crop_px is at most 65536"),
+    ("finetune: {warmup_steps: -5}", "finetune.warmup_steps is at least 0"),
+    ("name: " + "n" * 300, "name is text of at most 200 characters, got 'n{79}$"),
+    ("slots: {latent: [" + "conv×1," * 65 + "]}", "slots.latent is a list of at most 64"),
 ])
 def test_a_mistake_is_one_clear_sentence(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_study(write(tmp_path, STUDY + text))
     assert "\n" not in str(caught.value) and str(tmp_path / "s.yaml") in str(caught.value)
+
+
+def test_a_pipe_a_device_and_a_file_too_large_for_a_study_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zeros.yaml").symlink_to("/dev/zero")
+    (tmp_path / "large.yaml").write_bytes(b"#" * 2_000_000)
+    for name, message in (("pipe", "is not a file"), ("zeros", "is not a file"), ("large", "1,000,000 bytes")):
+        with pytest.raises(ConfigError, match=message):
+            load_study(tmp_path / f"{name}.yaml")
+    with pytest.raises(ConfigError, match="is not a file"):
+        load_study(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [{"family": "conv", "depth": True}, {"family": "conv", "depth": 1.0},
+                                   "conv×" + "9" * 5000])
+def test_a_depth_that_is_no_whole_number_of_sense_is_refused(entry: object) -> None:
+    with pytest.raises(ConfigError, match=r"depth|not understood"):
+        parse_choices([entry])
 
 
 def test_numbers_such_as_1e_3_are_numbers(tmp_path: Path) -> None:

@@ -166,7 +166,8 @@ def test_a_chunk_that_claims_gigabytes_costs_no_memory(tmp_path: Path) -> None:
         except ImageError:
             print("refused")
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8",
+                          timeout=60, check=True)
     assert done.stdout in ("", "refused\n")
 
 
@@ -175,7 +176,8 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for path, words in ((tmp_path / "pipe.png", "a pipe"), (Path("/dev/zero"), "a device"), (tmp_path, "a folder")):
         code = f"from ens.data.images import read_photo; read_photo({str(path)!r})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8",
+                              timeout=60, check=False)
         assert f"cannot be read (is {words}" in done.stderr
 
 

@@ -188,5 +188,5 @@ def test_reading_and_writing_hold_at_most_three_times_the_decoded_pixels(tmp_pat
         print(1024 * (kilobytes("VmHWM") - before) / photo.pixels.nbytes)
     """
     done = subprocess.run([sys.executable, "-c", code, tmp_path / name, tmp_path / f"b{name}"], capture_output=True,
-                          text=True, check=True, timeout=120)
+                          text=True, encoding="utf-8", check=True, timeout=120)
     assert float(done.stdout) < 3

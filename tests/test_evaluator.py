@@ -14,7 +14,7 @@ from ens.data.images import Fingerprint
 from ens.data.pairs import ValidationImage, ValidationSet
 from ens.evaluate.cost import _LiveBytes as LiveBytes
 from ens.evaluate.cost import build_cost_table, count_cost
-from ens.evaluate.evaluator import CACHE_BYTES, Evaluator
+from ens.evaluate.evaluator import CACHE_BYTES, Evaluator, evaluate_protocols
 from ens.evaluate.meters import build_meters
 from ens.evaluate.metrics import score
 from ens.evaluate.protocols import find_protocol
@@ -126,15 +126,45 @@ def test_what_cannot_be_built_raises_or_is_nan_is_an_invalid_measurement_that_sa
     assert not raised.valid and raised.note == "RuntimeError: sizes do not fit"
 
 
-def test_memory_that_runs_out_is_nobodys_fault() -> None:
+@pytest.mark.parametrize("error", [
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 GB"), MemoryError(),
+    OSError(28, "No space left on device"), ValueError("a library's own words")])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_memory_and_disk_that_run_out_are_nobodys_fault(error: Exception, hidden: bool) -> None:
     class Greedy(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 GB")
+            try:
+                raise error
+            except Exception:
+                if hidden:
+                    raise KeyError("what a library makes of it") from None
+                raise
 
     net = network()
     space = space_of(net, ["latent"], [Choice("conv", 1)])
-    with pytest.raises(RuntimeError, match="can't allocate"):
-        evaluator_of(net, space, [[None, Greedy()]], images(1)).measure((1,))
+    evaluator = evaluator_of(net, space, [[None, Greedy()]], images(1))
+    if isinstance(error, ValueError):
+        assert not evaluator.measure((1,)).valid
+    else:
+        with pytest.raises(KeyError if hidden else type(error)):
+            evaluator.measure((1,))
+
+
+def test_images_that_are_perfect_or_too_small_are_left_out_of_means_and_counted() -> None:
+    """Means of the two others, by hand; a small image has a PSNR, a perfect one an SSIM."""
+    generator = torch.Generator().manual_seed(3)
+    clean = [torch.rand(3, side, side, generator=generator) for side in (16, 24, 8, 20)]
+    given = [image + 0.1 for image in clean[:3]] + [clean[3]]
+    made = tuple(ValidationImage(f"{i}.png", degraded, target)
+                 for i, (degraded, target) in enumerate(zip(given, clean, strict=True)))
+    protocol = find_protocol("denoise-sidd")
+    (result,) = evaluate_protocols(lambda image: image, ValidationSet(made, Fingerprint(4, (), "0" * 64)), [protocol])
+    psnr_db, ssim, input_db = result.means()
+    scores = [score(degraded, target, protocol) for degraded, target in zip(given, clean, strict=True)]
+    assert psnr_db == input_db == pytest.approx(np.mean([one.psnr_db for one in scores[:3]]))
+    assert ssim == pytest.approx(np.mean([scores[0].ssim, scores[1].ssim, 1.0])) and np.isfinite(psnr_db)
+    assert result.gain_db == 0.0 and not result.broken
+    assert [line.split(" are ")[0].split(" equal ")[0] for line in result.left_out] == ["1 of 4 images"] * 2
 
 
 def test_the_teacher_that_was_given_stays_the_teacher() -> None:

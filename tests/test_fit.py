@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import os
@@ -11,25 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ens.distill import fit as fit_module
-from ens.distill.fit import (
-    Fit,
-    Phase,
-    Recipe,
-    ResumeMismatch,
-    TrainingError,
-    learning_rate,
-    local_device,
-    share_batch,
-    start_processes,
-    train_network,
-)
+from ens.distill.fit import Fit, TrainingError, local_device, start_processes, train_network
 from ens.distill.losses import TaughtLoss, l1_loss, relative_error
+from ens.distill.recipe import Phase, Recipe, learning_rate, share_batch
+from ens.distill.resume import DamagedState, ResumeMismatch
 
 
 class Ramp:
@@ -139,9 +132,55 @@ def test_bad_losses_are_skipped_and_ten_end_the_training(tmp_path: Path) -> None
     network = conv()
     assert fit(network, tmp_path / "t.pt", loss=sometimes_nan).complete
     assert all(torch.isfinite(value).all() for value in network.state_dict().values())
-    with pytest.raises(TrainingError, match=r"10 steps.*learning rate"):
-        fit(conv(), tmp_path / "bad.pt", steps=40,
-            loss=lambda network, degraded, clean: F.l1_loss(network(degraded), clean) * float("nan"))
+    with pytest.raises(TrainingError, match=r"10 steps up to step 10; the last state is kept in .*bad\.pt"):
+        fit(conv(), tmp_path / "bad.pt", steps=40, loss=nan_loss)
+
+
+def nan_loss(network: nn.Module, degraded: Tensor, clean: Tensor) -> Tensor:
+    return F.l1_loss(network(degraded), clean) * float("nan")
+
+
+def test_a_state_is_named_only_where_there_is_one(tmp_path: Path) -> None:
+    recipe = Recipe((Phase(0, 4, 4),), 40)
+    with mock.patch.object(fit_module, "l1_loss", nan_loss), pytest.raises(
+            TrainingError, match=r"up to step 10\. Lower the learning rate .0\.0003.* --restart"):
+        train_network(conv(), Ramp(), recipe=recipe, checkpoint=tmp_path / "t.pt", bf16=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("figure", [math.nan, -math.inf])
+def test_a_training_that_ends_in_nan_is_an_error_and_no_result(tmp_path: Path, figure: float) -> None:
+    with pytest.raises(TrainingError, match=r"give no finite output\. Lower the learning rate"):
+        fit(conv(), tmp_path / "t.pt", validate=lambda network: figure)
+    with pytest.raises(TrainingError, match="give no finite output"):
+        fit(conv(math.inf), tmp_path / "u.pt", steps=1)
+
+
+def test_a_damaged_state_is_named_and_told_to_begin_again(tmp_path: Path) -> None:
+    path = tmp_path / "t.pt"
+    fit(conv(), path, stop_after=6, validate=Bowl())
+    whole, state, rng = path.read_bytes(), torch.load(path, weights_only=True), np.random.default_rng(0)
+    damaged = [b"", b"PK", whole[:100], whole[:-100], whole[len(whole) // 2:], b"<html>" * 100]
+    for _ in range(40):
+        data = bytearray(whole)
+        for position in rng.integers(0, len(data), 200):
+            data[position] = rng.integers(256)
+        damaged.append(bytes(data))
+    for changed in ({"done": -1}, {"done": "six"}, {"params": {}}, {"ema": [1]}, {"best": {"step": 1}}, {"recipe": 3},
+                    {"optimizer": {"state": 1}}, {"params": {"weight": torch.zeros(3), "bias": torch.zeros(1)}}):
+        buffer = io.BytesIO()
+        torch.save({**state, **changed}, buffer)
+        damaged.append(buffer.getvalue())
+    for number, data in enumerate(damaged):
+        path.write_bytes(data)
+        try:
+            fit(conv(), path, validate=Bowl())
+        except DamagedState as error:
+            assert str(path) in str(error) and "--restart begins this training again" in str(error)
+        except (ResumeMismatch, TrainingError):
+            pass  # a sound file that says something else
+        else:
+            assert 6 <= number < 46, "some bytes of weights and of padding may change without a trace"
 
 
 def test_the_best_weights_seen_are_kept_with_their_step(tmp_path: Path) -> None:
@@ -163,7 +202,7 @@ def test_a_training_that_only_makes_worse_ends_with_the_weights_it_began_with(tm
 
 @pytest.mark.parametrize(("figures", "step"), [
     ([20.0, math.nan, math.nan, math.nan, math.nan], 0), ([math.nan, math.nan, 3.0, math.nan, 2.0], 6),
-    ([20.0, 20.0, 20.0, 20.0, 20.0], 0), ([math.nan] * 5, 0), ([-math.inf, math.nan, math.inf, 9.0, math.nan], 6),
+    ([20.0, 20.0, 20.0, 20.0, 20.0], 0), ([-math.inf, math.nan, math.inf, 9.0, math.nan], 6),
 ])
 def test_nan_never_wins_and_a_tie_keeps_the_earlier_weights(tmp_path: Path, figures: list[float], step: int) -> None:
     coming = iter(figures)
@@ -253,7 +292,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[1])))
 import torch.distributed as dist
 from test_fit import Bowl, Ramp, conv
-from ens.distill.fit import Phase, Recipe, start_processes, train_network
+from ens.distill.fit import start_processes, train_network
+from ens.distill.recipe import Phase, Recipe
 torch.set_num_threads(1)
 start_processes("cpu")
 def alone(network):
@@ -342,4 +382,4 @@ def test_the_teacher_that_was_given_is_not_moved_or_changed(tmp_path: Path) -> N
     recipe = Recipe((Phase(0, 4, 4),), 40, lr=0.05, clip_norm=1.0, taught_weight=1.0)
     train_network(network, Ramp(), recipe=recipe, checkpoint=tmp_path / "t.pt", taught_by=teacher, bf16=False)
     assert teacher.training and same(teacher, conv(0.5))
-    assert abs(float(network.weight) - 0.5) < 0.3  # type: ignore[arg-type]
+    assert abs(network.weight.item() - 0.5) < 0.3  # type: ignore[arg-type]

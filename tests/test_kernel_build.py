@@ -32,12 +32,13 @@ def test_kernel_of_every_compiler_agrees_with_the_loop(tmp_path: Path, compiler:
     (tmp_path / "tests").mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", *(f"tests/{test}" for test in TESTS)):
         shutil.copy(ROOT / name, tmp_path / name)
-    environment = {**os.environ, "CC": compiler.replace("++", "cc" if compiler.startswith("g") else ""),
-                   "CXX": compiler, "PYTHONPATH": str(tmp_path)}
+    # PyTorch's own compiler reads its sources in the locale's encoding: no C locale for it.
+    environment = {**os.environ, "PYTHONUTF8": "1",
+                   "CC": compiler.replace("++", "cc" if compiler.startswith("g") else ""), "CXX": compiler, "PYTHONPATH": str(tmp_path)}
     for command in ([sys.executable, "setup.py", "build_ext", "--inplace"],
                     [sys.executable, "-c", "import ens.ops.native as n; assert n.load_kernels(), n.why_no_kernels()"],
                     [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]):
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8")
         assert result.returncode == 0, f"{compiler}: {command}\n{result.stdout[-3000:]}{result.stderr[-3000:]}"
     (built,) = tmp_path.glob("ens/ops/native/kernels*.so")
     says = (b"clang version" if "clang" in compiler else b"GCC: (")
@@ -143,7 +144,7 @@ print(scan_backends()["cpu"])
 def test_a_corrupt_kernel_costs_speed_and_one_line_that_says_why(kernel: Path) -> None:
     cut_off(kernel)
     code = SCAN_WITH_A_CORRUPT_KERNEL.format(place=str(kernel.with_name("__init__.py")))
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, encoding="utf-8")
     warning, backend = result.stdout.splitlines()
     assert f"{kernel.name} is cut off" in warning and "reinstall ens" in warning
     assert backend == f"chunked PyTorch path (native kernel does not load ({kernel.name} is cut off))"

@@ -9,13 +9,16 @@ import tomllib
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ens"
-ORDER = ("space", "objectives", "atomic", "shortage", "ops", "blocks", "networks", "data", "distill", "evaluate", "search",
-         "pareto", "export", "runtime", "config", "run_folder", "pipeline", "console", "cli")
-ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage": set(), "ops": {"ops"}, "data": {"data", "atomic"},
-           **{name: {name, "space", "objectives", "atomic"} for name in ("search", "pareto")}}
+ORDER = ("space", "objectives", "atomic", "shortage", "ops", "blocks", "networks", "data", "distill", "evaluate",
+         "search", "pareto", "export", "runtime", "yaml_values", "config", "opened_study", "run_folder", "pipeline",
+         "console", "cli")
+ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage": set(), "ops": {"ops"},
+           "data": {"data", "atomic"}, "search": {"search", "space", "objectives", "atomic"},
+           "pareto": {"pareto", "space", "objectives", "atomic", "shortage"}}
 PRINT = {"cli", "console"}
-TOUCH_FILES = {"atomic", "networks.checkpoints", "data.decoding", "data.images", "distill.library", "pareto.archive",
-               "pareto.report", "export.hybrid", "export.formats", "export.onnx", "runtime.session", "config",
+TOUCH_FILES = {"atomic", "networks.checkpoints", "networks.weight_files", "data.decoding", "data.images", "data.sizes",
+               "distill.library", "pareto.archive", "pareto.storage", "pareto.report", "export.hybrid",
+               "export.formats", "export.onnx", "runtime.session", "yaml_values", "config",
                "ops.native"}  # which looks whether its own compiled file can be loaded
 FILE_CALLS = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "unlink", "mkdir", "rename",
               "rmtree", "safe_open", "save_file", "load_file", "imread", "imwrite", "write_html"}

@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from ens.blocks.bounds import MAX_PARAMETERS
 from ens.networks import create_network
+from ens.networks.checkpoints import hash_weights
+from ens.networks.restormer import Restormer
 from ens.networks.steps import Network, block_slots, pad_to_multiple
 
 GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
@@ -109,9 +112,36 @@ def test_the_recipe_rebuilds_the_network() -> None:
 def test_wrong_names_list_the_right_ones() -> None:
     with pytest.raises(ValueError, match=r"'restorer' is unknown.*restormer"):
         create_network("restorer")
-    with pytest.raises(ValueError, match=r"no option depth.*num_blocks"):
+    with pytest.raises(ValueError, match=r"no option 'depth'.*num_blocks"):
         create_network("restormer", depth=3)
     with pytest.raises(KeyError, match="encoder_level1"):
         small().slot("encoder")
     with pytest.raises(ValueError, match="layer_norm"):
         create_network("restormer", layer_norm="None")
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("restormer", {"dim": 10**9}, "dim is a whole number from 1 to 4096"), ("restormer", {"dim": -48}, "dim"),
+    ("restormer", {"num_blocks": (10**9, 1, 1, 1)}, "num_blocks is a list of up to 32 whole numbers from 1 to 256"),
+    ("restormer", {"num_blocks": (0, 1, 1, 1)}, "num_blocks"), ("restormer", {"num_blocks": "4444"}, "num_blocks"),
+    ("restormer", {"num_refinement_blocks": 10**9}, "num_refinement_blocks"), ("restormer", {"bias": "yes"}, "bias"),
+    ("restormer", {"dim": 4000, "heads": (1, 1, 1, 1)}, "would have .* parameters; allowed: 500,000,000"),
+    ("mambacsr", {"depths": (1,) * 33}, "depths is a list of up to 32"), ("plksr", {"n_blocks": 10**9}, "n_blocks"),
+    ("plksr", {"upscaling_factor": 10**6}, "upscaling_factor"), ("dvmsr", {"d_state": 10**9}, "d_state"),
+    ("uformer", {"win_size": 10**5}, "win_size"), ("serpent", {"expand": 1e12}, "expand is a number above 0"),
+])
+def test_sizes_that_nobody_can_mean_are_refused_before_anything_is_built(
+        name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_network(name, **options)
+
+
+def test_the_bounds_leave_room_for_every_published_size_and_draw_no_random_number() -> None:
+    with torch.device("meta"):
+        largest = create_network("uformer", embed_dim=32, depths=(1, 2, 8, 8, 2, 8, 8, 2, 1))
+    assert sum(parameter.numel() for parameter in largest.parameters()) * 5 < MAX_PARAMETERS
+    torch.manual_seed(3)
+    direct = Restormer(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, heads=(1, 1, 1, 1))
+    torch.manual_seed(3)
+    created = create_network("restormer", dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, heads=(1, 1, 1, 1))
+    assert hash_weights(created) == hash_weights(direct)

@@ -10,7 +10,9 @@ import pytest
 from ens.objectives import (
     OBJECTIVES,
     add_quality,
+    count_perfect,
     find_objectives,
+    mean_psnr_db,
     objective_values,
     psnr_drop_db,
     psnr_drop_se_db,
@@ -24,7 +26,7 @@ def test_a_better_hybrid_has_a_negative_drop() -> None:
     assert psnr_drop_db(teacher_psnr_db=(30.0,), psnr_db=(31.0,)) == -1.0
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_a_psnr_that_is_not_finite_makes_a_measurement_invalid(bad: float) -> None:
     measured = add_quality(Measurement((1, 0), {"macs": 5.0}, (30.0, bad)), teacher_psnr_db=(31.0, 31.0))
     assert not measured.valid and "not finite" in measured.note and "psnr_drop_db" not in measured.values
@@ -74,3 +76,15 @@ def test_a_missing_or_infinite_value_of_a_valid_measurement_raises() -> None:
 def test_the_reference_point_is_beyond_the_teacher() -> None:
     reference = reference_point(("psnr_drop_db", "macs", "params"), teacher_values=(0.0, 200.0, 10.0))
     assert reference == (6.0, pytest.approx(220.0), pytest.approx(11.0))
+
+
+def test_images_restored_perfectly_are_left_out_of_every_mean_and_counted() -> None:
+    teacher, hybrid, given = (30.0, math.inf, 34.0, 20.0), (29.0, 31.0, 32.0, math.inf), (20.0, 21.0, 25.0, math.inf)
+    assert mean_psnr_db(teacher) == 28.0 and mean_psnr_db((math.inf, math.inf)) == math.inf
+    assert math.isnan(mean_psnr_db((30.0, math.nan, math.inf)))
+    assert psnr_drop_db(teacher_psnr_db=teacher, psnr_db=hybrid) == 1.5  # of the first and the third alone
+    assert psnr_drop_se_db(teacher_psnr_db=teacher, psnr_db=hybrid) == pytest.approx(0.5)
+    assert math.isnan(psnr_drop_db(teacher_psnr_db=(math.inf,), psnr_db=(math.inf,)))
+    assert count_perfect(teacher, given) == 2 and count_perfect(teacher, ()) == 1 and count_perfect((1.0,)) == 0
+    measured = add_quality(Measurement((1,), {}, hybrid), teacher_psnr_db=teacher)
+    assert measured.valid and measured.values["psnr_drop_db"] == 1.5

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import pkgutil
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,21 @@ import torch
 from ens import pipeline
 from ens.config import ConfigError, StudyConfig, load_study
 from ens.data.folders import find_pairs
-from ens.data.images import read_photo
+from ens.data.images import Photo, read_photo, write_photo
 from ens.data.pairs import degrade_photo, load_validation_set
 from ens.data.tasks import create_task
+from ens.distill.fit import TrainingError
 from ens.distill.library import Library, LibraryError, open_library
 from ens.evaluate.cost import count_cost
 from ens.evaluate.evaluator import list_psnr_db
 from ens.evaluate.metrics import score
 from ens.evaluate.protocols import task_protocols
-from ens.export.formats import ExportError
+from ens.export.formats import ExportError, ParityError
 from ens.export.hybrid import build_hybrid, load_hybrid, read_facts
 from ens.networks import create_network
 from ens.networks.checkpoints import load_checkpoint, save_checkpoint
 from ens.pareto.archive import read_archive
+from ens.pareto.tables import front_notes
 from ens.run_folder import RunFolder
 from ens.runtime.process import Control, Interrupted
 from ens.runtime.session import open_session, restore_files
@@ -123,20 +126,151 @@ def test_receptive_fields_of_a_slot_are_drawn_for_every_state_there_is(
         pipeline.inspect_erf(RunFolder.reopen(out), "refinement", tmp_path / "erf.png")
 
 
-def test_a_hybrid_that_cannot_be_exported_leaves_the_front_and_stays_visible(
-        tmp_path: Path, finished: tuple[StudyConfig, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def failing(error: Exception) -> Callable[..., float]:
     def fail(*arguments: object, **options: object) -> float:
-        raise ExportError("differs by 1e-2")
-    _, out, _ = finished
+        raise error
+    return fail
+
+
+def test_a_hybrid_whose_file_differs_leaves_the_front_stays_visible_and_comes_back_with_a_success(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, onnx = finished
     run = copied(out, tmp_path)
     front = run.front()
-    genotype = front.members[front.knee].genotype
-    monkeypatch.setattr("ens.export.formats.write_checked", fail)
-    with pytest.raises(ExportError, match=f"{format_genotype(genotype)} is marked invalid"):
-        pipeline.export(run, format_genotype(genotype))
-    assert genotype not in [member.genotype for member in run.front().members]
-    (invalid,) = [measurement for measurement in run.archive.measurements() if not measurement.valid]
-    assert invalid.genotype == genotype and invalid.note == "export failed: differs by 1e-2"
+    genotype = next(member.genotype for member in front.members if format_genotype(member.genotype) != onnx.stem)
+    text = format_genotype(genotype)
+    for come_back in (lambda: pipeline.export(run, text), lambda: run.unmark(text)):
+        with monkeypatch.context() as patch, pytest.raises(ExportError, match=f"{text} is marked invalid"):
+            patch.setattr("ens.export.formats.write_checked", failing(ParityError("differs by 1e-2")))
+            pipeline.export(run, text)
+        assert genotype not in [member.genotype for member in run.front().members]
+        (invalid,) = [measurement for measurement in run.archive.measurements() if not measurement.valid]
+        assert invalid.genotype == genotype and invalid.note == "export failed: differs by 1e-2"
+        come_back()
+        assert [member.genotype for member in run.front().members] == [member.genotype for member in front.members]
+    with pytest.raises(ValueError, match=f"{text} is not marked; no genotype is"):
+        run.unmark(text)
+
+
+@pytest.mark.parametrize(("error", "untuned"), [
+    (ExportError("the exported file does not run: of a passing mood"), True), (MemoryError("no memory"), True),
+    (OSError(28, "No space left on device"), True), (ParityError("differs by 1e-2"), False)])
+def test_no_other_failure_of_an_export_speaks_against_a_genotype(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path], monkeypatch: pytest.MonkeyPatch, error: Exception,
+        untuned: bool) -> None:
+    """Nor does a file of fine-tuned weights that differs: the training may have diverged."""
+    _, out, onnx = finished
+    run = copied(out, tmp_path)
+    text = next(format_genotype(member.genotype) for member in run.front().members
+                if (format_genotype(member.genotype) != onnx.stem) == untuned)
+    monkeypatch.setattr("ens.export.formats.write_checked", failing(error))
+    with pytest.raises(type(error) if untuned else ExportError) as raised:
+        pipeline.export(run, text)
+    assert run.archive.marked == {} and all(measurement.valid for measurement in run.archive.measurements())
+    assert untuned or "stays on the front" in str(raised.value)
+
+
+def test_a_fine_tuning_that_diverges_is_an_error_and_no_genotype_is_to_blame(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, onnx = finished
+    run = copied(out, tmp_path, {"finetune": {"steps": 4}})
+    before = run.archive.fingerprint
+    monkeypatch.setattr(run.judge, "score", lambda network: float("nan"))
+    with pytest.raises(TrainingError, match="no finite output"):
+        pipeline.finetune(run, onnx.stem)
+    assert copied(out, tmp_path).archive.fingerprint == before and len(run.hybrids.list_tuned()) == 1
+
+
+def test_a_search_of_nothing_but_invalid_genotypes_is_an_error(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, _ = finished
+    run = copied(out, tmp_path)
+    for genotype in run.space.enumerate():
+        run.mark_invalid(genotype, "it is green")
+    with pytest.raises(ValueError, match=r"none of the 9 measurements is valid.*0-0 has “it is green”"):
+        pipeline.search(run)
+
+
+def test_a_space_that_ends_before_the_budget_says_so_and_ends_the_bar(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
+    _, out, _ = finished
+    run = copied(out, tmp_path, {"search": {"budget": 500}})
+    (run.path / "archive.db").unlink()
+    said: list[str] = []
+    seen: list[tuple[int, int]] = []
+    control = Control(progress=lambda verb, done, total, note: seen.append((done, total)), say=said.append)
+    pipeline.search(run, control)
+    assert seen[-1] == (9, 9) and "search: the space ends at 9 genotypes, before the budget of 500" in said
+    pipeline.search(copied(out, tmp_path, {"search": {"budget": 500}}), control)
+    assert said[-1] == "search: skipped, 9 genotypes are measured"
+
+
+def test_a_pair_that_is_restored_perfectly_is_left_out_of_a_search_and_counted(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
+    """Black pairs: no network here has a bias, so every genotype restores them to the bit."""
+    _, out, _ = finished
+    folder = tmp_path / "pairs"
+    for name, pixels in (("black", np.zeros((2, 32, 32, 3), np.uint8)),
+                         ("photo", np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8))):
+        for part, image in zip(("input", "target"), pixels, strict=True):
+            write_photo(folder / part / f"{name}.png", Photo(image))
+    write_study(tmp_path)
+    study = load_study(tmp_path / "tiny.yaml", {
+        "library": str(out / "library"), "data": {"validation": str(folder)}})
+    run = RunFolder.start(study, tmp_path / "perfect")
+    said: list[str] = []
+    assert all(one.valid for one in pipeline.search(run, Control(say=said.append)))
+    assert any("1 of 2 validation images are left out of means" in line for line in said)
+    assert math.isfinite(run.baseline.teacher_mean_db) and math.inf in run.baseline.teacher_psnr_db
+    assert any("left out of means" in note for note in front_notes(run.front()))
+    (folder / "input" / "photo.png").unlink()
+    (folder / "target" / "photo.png").unlink()
+    with pytest.raises(ConfigError, match="restores all 1 validation images perfectly"):
+        pipeline.search(RunFolder.start(study, tmp_path / "hopeless"))
+
+
+def test_a_teacher_of_nan_is_refused_after_its_first_measurement(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, _ = finished
+    run = copied(out, tmp_path)
+    (run.path / "archive.db").unlink()
+    with torch.no_grad():
+        next(run.teacher.parameters()).fill_(math.nan)
+    evaluated: list[object] = []
+    monkeypatch.setattr("ens.evaluate.evaluator.Evaluator.evaluate", lambda *arguments: evaluated.append(arguments))
+    with pytest.raises(ConfigError, match="teacher's PSNR is no number on 2 of 2 validation images"):
+        pipeline.search(run)
+    assert not evaluated and not (run.path / "archive.db").exists()
+
+
+@pytest.mark.parametrize("state", ["teacher/train.pt", "library/training.pt", "finetune/{genotype}.pt"])
+def test_a_state_whose_training_is_done_goes_with_the_next_run(
+        tmp_path: Path, finished: tuple[StudyConfig, Path, Path], state: str) -> None:
+    """A process may be killed between the result and the removal of its state."""
+    _, out, _ = finished
+    run = copied(out, tmp_path)
+    tuned = run.hybrids.list_tuned()[0]
+    path = run.path / state.format(genotype=tuned.stem)
+    for stray in (path, run.path / "export" / ".a.onnx.0123abcd.tmp"):
+        stray.write_bytes(b"")
+    if "training" in state:
+        path.write_bytes(b"")
+    pipeline.run_all(run)
+    assert not path.exists() and not list(run.path.rglob("*.tmp"))
+
+
+def test_a_bad_pick_changes_nothing(tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
+    study, out, _ = finished
+    run = copied(out, tmp_path)
+    (run.path / ".x.db.0123abcd.tmp").touch()
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    for pick in ("best", "near 9", "0-7", "within x"):
+        for verb in (pipeline.finetune, pipeline.export):
+            with pytest.raises(ValueError, match=r"understood|allows 0 to 2"):
+                verb(run, pick)
+        with pytest.raises(ValueError, match=r"understood|allows 0 to 2"):
+            RunFolder.start(study.model_copy(update={"threads": 1}), run.path, pick=pick)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
 def copied(out: Path, folder: Path, changes: Mapping[str, Any] | None = None) -> RunFolder:
@@ -392,7 +526,7 @@ def test_a_finished_run_opens_next_to_nothing_when_it_is_run_again(
 
     for place in ("ens.distill.library.hash_weights", "ens.distill.library.load_weights",
                   "ens.distill.library.Library.load_teacher", "ens.distill.library.Library.load_surrogate",
-                  "ens.networks.checkpoints.hash_weights", "ens.networks.checkpoints.read_state",
+                  "ens.networks.checkpoints.hash_weights", "ens.networks.checkpoints.read_weight_file",
                   "ens.data.folders.read_photo", "ens.export.hybrid.load_hybrid"):
         count(place)
     assert pipeline.run_all(RunFolder.start(study, out)) == onnx
@@ -411,6 +545,6 @@ def test_a_finished_run_brings_no_package_it_has_no_use_for(
     code = ("import sys; from ens.cli import app; app(standalone_mode=False); "
             f"print([m for m in {heavy} if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code, "run", str(tmp_path / "tiny.yaml"), "--out", str(out)],
-                          capture_output=True, text=True, check=False)
+                          capture_output=True, encoding="utf-8", errors="replace", check=False)
     assert done.returncode == 0, done.stderr
     assert "export: skipped" in done.stderr and done.stdout.splitlines()[-1] == "[]"

@@ -30,7 +30,9 @@ def environment() -> dict[str, str]:
 
 def test_python_example_prints_a_hybrid_near_its_teacher(tmp_path: Path) -> None:
     (code,) = blocks("python")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    (tmp_path / "example.py").write_text(code, encoding="utf-8")  # a file: an argument is in the locale's encoding
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment(), capture_output=True,
+                          encoding="utf-8", errors="replace")
     assert done.returncode == 0, done.stderr
     teacher, hybrid = (float(number) for number in re.findall(r"([\d.]+) dB", done.stdout))
     assert 28 < hybrid < teacher + 0.1
@@ -40,8 +42,9 @@ def test_python_example_prints_a_hybrid_near_its_teacher(tmp_path: Path) -> None
 def test_shell_examples_run_and_write_what_they_say(tmp_path: Path) -> None:
     (script,) = blocks("sh")
     degrade_photo(find_pairs("builtin:photos")[0].clean, tmp_path / "photo.png", create_task("denoise_s25"))
-    done = subprocess.run(["bash", "-euxo", "pipefail", "-c", script], cwd=tmp_path, env=environment(),
-                          capture_output=True, text=True)
+    (tmp_path / "example.sh").write_text(script, encoding="utf-8")
+    done = subprocess.run(["bash", "-euxo", "pipefail", "example.sh"], cwd=tmp_path, env=environment(),
+                          capture_output=True, encoding="utf-8", errors="replace")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "restored.png").stat().st_size > 0
     assert "<html" in (tmp_path / "runs" / "quick" / "report.html").read_text(encoding="utf-8")[:1000]

@@ -30,7 +30,7 @@ def browse(page: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--enable-logging=stderr",
          "--log-level=0", "--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networking",
          f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=10000", *arguments, page.as_uri()],
-        capture_output=True, text=True, timeout=240, check=True)
+        capture_output=True, encoding="utf-8", timeout=240, check=True)
 
 
 @pytest.fixture(scope="module")

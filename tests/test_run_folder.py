@@ -12,11 +12,17 @@ import torch
 from ens import pipeline
 from ens.config import ConfigError, load_study
 from ens.data.images import Photo, write_photo
+from ens.networks import create_network
+from ens.networks.checkpoints import save_checkpoint
 from ens.pareto.archive import ArchiveMismatch
 from ens.run_folder import RunFolder
 from ens.runtime.process import Control
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+OWN = {"network": {"name": "restormer", "dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 1,
+                   "heads": [1, 1, 1, 1]}}
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -34,6 +40,14 @@ ROOT = Path(__file__).resolve().parents[1]
     ({"data": {"report": "nowhere"}}, "nowhere is not a folder"),
     ({"data": {"crop_px": 5000}}, r"do not fit into \d+ images: .* is 6\d\d×4\d\d"),
     ({"teacher": "", "library": "", "network": {"name": "plksr"}}, "the network enlarges 4 times, the task 1 times"),
+    ({"data": {"train": "nowhere"}}, "nowhere is not a folder"),
+    ({"finetune": {"phases": [[0, 505, 8]]}}, r"patches of 505 px do not fit into 1 images of .*: motorcycle_left is"),
+    ({"finetune": {"phases": [[5, 48, 8]]}}, "phases start at step 0"),
+    ({"finetune": {"taught_by": "nowhere.pth"}}, "nowhere.pth: does not exist"),
+    ({"choices": ["conv×3"]}, "lacks 8 of the 8 surrogates of demo; leave `library` out"),
+    ({"teacher": "", "library": "", **OWN, "distill": {"patch_px": 999}}, "patches of 999 px do not fit into 2 im"),
+    ({"teacher": "", "library": "", **OWN, "train": {"phases": [[0, 600, 1]]}}, "patches of 600 px do not fit"),
+    ({"teacher": "", "library": "", **OWN, "data": {"train": ""}}, "`data.train` names no folder"),
     ({"device": "gpu"}, "device is auto, cpu, cuda or cuda:1, got 'gpu'"),
     ({"device": "meta"}, "device is auto, cpu, cuda or cuda:1, got 'meta'"),
 ])
@@ -41,6 +55,38 @@ def test_a_mistake_is_found_before_anything_is_made(tmp_path: Path, change: dict
     with pytest.raises((ValueError, OSError, KeyError), match=message):
         RunFolder.start(load_study(ROOT / "search_spaces" / "demo.yaml", change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"pick": "kneee"}, "'kneee' is not understood; write knee, near 1 to near 5, within 0.1"),
+    ({"pick": "near 7"}, "is not understood"), ({"pick": "within nan"}, "write for instance within 0.1"),
+    ({"pick": "0-0"}, "a genotype of demo has"), ({"storage": "postgres9://host/runs"}, "Can't load plugin"),
+    ({"storage": "sqlite://"}, "names no file")])
+def test_a_mistake_in_a_command_is_found_before_anything_is_made(tmp_path: Path, options: dict[str, str],
+                                                                 message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunFolder.start(load_study(ROOT / "search_spaces" / "demo.yaml"), tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_another_scale_is_found_before_anything_is_made(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "x2.safetensors", create_network("plksr", dim=8, n_blocks=1, kernel_size=3,
+                                                                upscaling_factor=2))
+    study = load_study(ROOT / "search_spaces" / "demo.yaml",
+                       {"finetune": {"taught_by": str(tmp_path / "x2.safetensors")}})
+    with pytest.raises(ConfigError, match=r"finetune\.taught_by enlarges 3 channels 2 times, the network 3 channels 1"):
+        RunFolder.start(study, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_restart_drops_the_states_of_unfinished_trainings_and_nothing_else(tmp_path: Path) -> None:
+    study = load_study(ROOT / "search_spaces" / "demo.yaml")
+    for name in ("teacher/train.pt", "library/training.pt", "finetune/0-1.pt", "finetune/0-1.safetensors", "my.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    RunFolder.start(study, tmp_path, restart=True)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        "0-1.safetensors", "my.pt", "run.lock", "study.yaml"]
 
 
 def test_a_broken_validation_image_is_found_before_anything_is_made(tmp_path: Path) -> None:

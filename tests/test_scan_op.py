@@ -357,7 +357,7 @@ def test_wheel_holds_the_kernel_and_without_a_compiler_says_once_that_it_does_no
         pytest.skip("no C++ compiler: the wheel with the kernel was not built")
     installed = build_wheel(tmp_path, **({} if compiler else {"CC": "/no/compiler", "CXX": "/no/compiler"}))
     assert bool(list(installed.glob("ens/ops/native/kernels*"))) == compiler
-    output = subprocess.run([sys.executable, "-c", SCAN_TWICE], check=True, capture_output=True, text=True,
+    output = subprocess.run([sys.executable, "-c", SCAN_TWICE], check=True, capture_output=True, encoding="utf-8",
                             cwd=installed, env={**os.environ, "PYTHONPATH": str(installed)}).stdout
     path, warned = output.split("|")
     assert path.startswith("native kernel" if compiler else "chunked PyTorch path") and warned == str(int(not compiler))
@@ -368,7 +368,7 @@ def test_wheel_holds_the_kernel_and_without_a_compiler_says_once_that_it_does_no
                     reason="no g++ on Linux: the kernel was not run with sanitizers")
 def test_sanitizers_find_nothing() -> None:
     """scripts/sanitize builds the kernel with AddressSanitizer and UndefinedBehaviorSanitizer and runs its tests."""
-    result = subprocess.run(["scripts/sanitize"], cwd=ROOT, capture_output=True, text=True,
+    result = subprocess.run(["scripts/sanitize"], cwd=ROOT, capture_output=True, encoding="utf-8",
                             env={**os.environ, "PYTHON": sys.executable})
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import PIL.Image
 import pytest
 import torch
@@ -172,6 +173,17 @@ def test_an_onnx_file_of_somebody_else_is_refused(tmp_path: Path, files: dict[st
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(SessionError, match="not exported by ens"):
         open_session(tmp_path / "other.onnx")
+
+
+def test_weights_that_other_tools_put_beside_an_onnx_file_are_found_or_named(
+        tmp_path: Path, files: dict[str, Path]) -> None:
+    onnx.save(onnx.load(files["a.onnx"]), tmp_path / "b.onnx", save_as_external_data=True, location="b.data",
+              size_threshold=200)
+    image, expected = torch.rand(1, 3, 16, 16), open_session(files["a.onnx"])
+    assert torch.equal(open_session(tmp_path / "b.onnx").run(image), expected.run(image))
+    (tmp_path / "b.data").rename(tmp_path / "elsewhere.data")
+    with pytest.raises(SessionError, match=r"b.onnx: its weights are in a file of their own.*b\.data$"):
+        open_session(tmp_path / "b.onnx")
 
 
 @pytest.mark.parametrize("tile", [1, 16, 32])

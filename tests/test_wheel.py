@@ -14,12 +14,13 @@ import pytest
 import ens
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OPTIONAL = {"mamba_ssm", "executorch", "openvino", "ray", "optuna_dashboard", "pytest", "hypothesis"}
 
 
 def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, encoding="utf-8",
+                          cwd=ROOT).stdout
 
 
 def test_import_loads_nothing_heavy() -> None:
@@ -44,7 +45,7 @@ def test_version_is_said_once() -> None:
 
 def test_every_dependency_is_pinned() -> None:
     pinned = {re.split("==", line)[0].lower().replace("_", "-")
-              for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+              for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line}
     wanted = {re.match(r"[\w-]+", entry)[0].lower().replace("_", "-")  # type: ignore[index]
               for entry in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]}
     assert wanted <= pinned
@@ -56,7 +57,7 @@ def test_wheel_holds_code_libraries_spaces_and_licence_and_no_tests(tmp_path: Pa
                     str(tmp_path), str(ROOT)], check=True)
     names = set(zipfile.ZipFile(next(tmp_path.glob("ens-*.whl"))).namelist())
     tracked = subprocess.run(["git", "ls-files", "ens", "search_spaces"], cwd=ROOT, check=True, capture_output=True,
-                             text=True).stdout.split()
+                             encoding="utf-8").stdout.split()
     wanted = {name.replace("search_spaces/", "ens/search_spaces/") for name in tracked if "/native/" not in name}
     assert wanted <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -15,7 +15,8 @@ from ens.data.folders import load_pairs
 from ens.data.images import Photo, read_photo, write_photo
 from ens.data.pairs import Patches
 from ens.data.tasks import create_task
-from ens.distill.fit import Phase, Recipe, train_network
+from ens.distill.fit import train_network
+from ens.distill.recipe import Phase, Recipe
 from ens.export.hybrid import build_hybrid, open_network, save_hybrid
 from ens.networks import create_network, wrap
 from ens.networks.checkpoints import load_checkpoint, save_checkpoint

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ens.blocks.bounds import MAX_DEPTH, check_options, check_size
 from ens.blocks.conv import ConvBlock
 from ens.blocks.identity import IdentityBlock
 from ens.blocks.mambair import MambaIRBlock
@@ -48,18 +49,17 @@ def create_stack(family: str, channels: int, depth: int, *, heads: int = 1,
 
     `heads` reaches the families that have attention heads, the position in the row those whose blocks alternate
     (`index`); `options` are keyword arguments of the block. The identity family is one block whatever the depth.
-    Raises KeyError for an unknown family, ValueError for a depth below 1 or an unknown option; both name what is
-    allowed.
+    Raises KeyError for an unknown family, ValueError for an unknown option and for what is out of bounds (`bounds`);
+    both name what is allowed.
     """
     allowed = family_options(family)
-    if depth < 1:
-        raise ValueError(f"depth must be at least 1, got {depth}")
+    if not 1 <= depth <= MAX_DEPTH:
+        raise ValueError(f"{family}×{depth}: depth is 1 to {MAX_DEPTH}")
     given = dict(options or {})
-    for name in given:
-        if name not in allowed:
-            raise ValueError(f"family {family!r} has no option {name!r}; allowed: {', '.join(allowed) or 'none'}")
+    check_options(f"family {family!r}", given, allowed)
     if "heads" in allowed:
         given.setdefault("heads", heads)
     count = 1 if family == "identity" else depth
     rows = [{"index": i, **given} if "index" in allowed else given for i in range(count)]
+    check_size(f"{family}×{depth} of {channels} channels", lambda: FAMILIES[family](channels, **given), times=count)
     return nn.Sequential(*(FAMILIES[family](channels, **row) for row in rows))

@@ -52,7 +52,8 @@ class DirectionalScan(nn.Module):
                            zip(step.unbind(2), self.dt_projs_weight, strict=True)], 2)
         return selective_scan_directions(tokens, delta.transpose(1, 2), -torch.exp(self.A_logs),
                                          write.permute(0, 2, 3, 1), read.permute(0, 2, 3, 1), self.Ds,
-                                         self.dt_projs_bias.flatten(), torch.stack(list(orders)), merge=merge)
+                                         self.dt_projs_bias.flatten(), torch.stack(list(orders)).to(tokens.device),
+                                         merge=merge)
 
 
 def _uniform(*size: int) -> Tensor:

@@ -23,7 +23,7 @@ class SS2D(DirectionalScan):
         value, gate = self.in_proj(x).split(self.inner, -1)
         # Channels stay innermost in memory: the scan then reads each pixel's channels as one vector.
         value = F.silu(self.conv2d(value.permute(0, 3, 1, 2)))
-        orders = [scan_order(name, *value.shape[2:]).to(x.device) for name in FOUR_DIRECTIONS]
+        orders = [scan_order(name, *value.shape[2:]) for name in FOUR_DIRECTIONS]
         y = self.scan_sum(value.flatten(2), orders).transpose(1, 2).view(gate.shape)
         return self.out_proj(self.out_norm(y) * F.silu(gate))
 

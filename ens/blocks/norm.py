@@ -38,6 +38,8 @@ class ChannelNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16:  # a square of 256 is beyond its range, and the root of infinity gives zeros
+            return self.forward(x.float()).half()
         centred = x - channel_mean(x)
         scale = torch.rsqrt(channel_mean(centred * centred) + self.eps)
         weight = self.body.weight.view(1, -1, 1, 1)

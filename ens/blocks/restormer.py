@@ -29,7 +29,7 @@ class ChannelAttention(nn.Module):
         batch, channels, height, width = x.shape
         qkv = self.qkv_dwconv(self.qkv(x))
         # Slices, not chunk, and 4-D means over (2, 3): both keep the block one XNNPACK delegate.
-        q, k = (_unit_rows(qkv[:, i * channels:(i + 1) * channels]) for i in (0, 1))
+        q, k = (unit_rows(qkv[:, i * channels:(i + 1) * channels]) for i in (0, 1))
         v = qkv[:, 2 * channels:]
         size = (batch, self.heads, channels // self.heads, height * width)
         attention = q.reshape(size) @ k.reshape(size).transpose(-2, -1)
@@ -37,16 +37,17 @@ class ChannelAttention(nn.Module):
         return self.project_out((attention @ v.reshape(size)).reshape(batch, channels, height, width))
 
 
-def _unit_rows(x: Tensor) -> Tensor:
+def unit_rows(x: Tensor) -> Tensor:
     """Divide each channel by its L2 norm over the pixels (the released code normalises along H·W).
 
     A mean and an rsqrt replace the norm; the sum is under the square root's smallest sensible value only where
-    the released epsilon of 1e-12 on the norm would matter too: 1e-24 is nothing in float16, whose smallest number it is
-    there.
+    the released epsilon of 1e-12 on the norm would matter too.
     """
+    if x.dtype == torch.float16:  # neither 1e-24 nor a square of 256 is a number there
+        return unit_rows(x.float()).half()
     pixels = x.shape[2] * x.shape[3]
     mean_square = (x * x).mean((2, 3), keepdim=True)
-    return x * (torch.rsqrt(mean_square + max(1e-24, torch.finfo(x.dtype).smallest_normal * 2**-10)) * pixels**-0.5)
+    return x * (torch.rsqrt(mean_square + 1e-24) * pixels**-0.5)
 
 
 class GatedFeedForward(nn.Module):

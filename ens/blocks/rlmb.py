@@ -60,7 +60,7 @@ class WindowScan(GatedScan):
         value, gate = self.in_proj(x).split(self.inner, -1)
         value = F.silu(self.conv2d(value.permute(0, 3, 1, 2)))
         value = F.pad(value, (0, -width % self.window, 0, -height % self.window))
-        order = window_order(value.shape[2], value.shape[3], self.window, vertical=self.vertical).to(x.device)
+        order = window_order(value.shape[2], value.shape[3], self.window, vertical=self.vertical)
         parts = self.scan(value.flatten(2).contiguous(), [order, order.flip(0)])
         parts = [part.unflatten(2, value.shape[2:])[:, :, :height, :width].flatten(2) for part in parts]
         y = self.out_norm(self.gate_and_add(parts)).view(gate.shape)
@@ -136,7 +136,7 @@ class CrossScaleFusion(GatedScan):
         coarse = F.silu(self.conv2d2(coarse)).flatten(2)
         ways: list[dict[str, Any]] = [{"vertical": vertical, "reverse": reverse}
                                       for vertical in (False, True) for reverse in (False, True)]
-        orders = [cross_scale_order(height, width, self.window, **way).to(x.device) for way in ways]
+        orders = [cross_scale_order(height, width, self.window, **way) for way in ways]
         parts = self.scan(torch.cat([fine, coarse], 2), orders)
         y = self.gate_and_add([part[..., :height * width] for part in parts])
         y = self.out_norm(y).view(gate.shape) * F.silu(gate)

@@ -95,7 +95,9 @@ class UformerBlock(nn.Module):
         height, width = x.shape[1:3]
         if all(_is_known(side % self.window == 0) for side in (height, width)):
             return self._attend_padded(x)
-        x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))
+        # Whole windows less the side, not a remainder: what a tracer then has is a multiple of the window in its eyes.
+        bottom, right = ((side + self.window - 1) // self.window * self.window - side for side in (height, width))
+        x = F.pad(x, (0, 0, 0, right, 0, bottom))
         return self._attend_padded(x)[:, :height, :width]
 
     def _attend_padded(self, x: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ens.data.pairs import derive_seed
-from ens.distill.fit import MAX_SKIPPED, PatchSource, ResumeMismatch, gains_from_bf16, learning_rate
+from ens.distill.fit import MAX_SKIPPED, PatchSource, gains_from_bf16
 from ens.distill.library import Library
 from ens.distill.losses import relative_error
-from ens.networks.checkpoints import load_state, remove_state, save_state
+from ens.distill.recipe import learning_rate
+from ens.distill.resume import DistillState, PupilState, ResumeMismatch, read_resume, taken_up
+from ens.networks.checkpoints import remove_state, save_state
 from ens.networks.steps import Network, SlotSpec, create_filling, pad_to_multiple
 from ens.space import Choice
 
@@ -53,13 +55,12 @@ def distill_library(teacher: Network, library: Library, patches: PatchSource, jo
     manifest every `save_every` steps and taken up again by the same call. A surrogate whose loss was not finite ten
     times is marked failed and the others go on. `on_progress` gets (steps done, steps in all, mean relative error).
     """
-    teacher = copy.deepcopy(teacher).to(device)
+    teacher, checkpoint = copy.deepcopy(teacher).to(device), library.root / "training.pt"
     todo = [(spec, choice) for spec, choice in jobs if not library.has(spec.name, choice)]
-    groups = [todo[i:i + group_size] for i in range(0, len(todo), group_size)]
+    groups = _form_groups(todo, checkpoint, group_size)
     use_bf16 = gains_from_bf16(device) if bf16 is None else bf16
     for number, group in enumerate(groups):
         pupils = [_create_pupil(teacher, spec, choice, lr=lr, seed=seed, device=device) for spec, choice in group]
-        checkpoint = library.root / "training.pt"
         recipe = f"{steps} steps of {batch_size}×{patch_px}², lr {lr}, seed {seed}, teacher {library.teacher_sha256}"
         done = _load_group(checkpoint, recipe, pupils)
         while done < steps:
@@ -162,18 +163,31 @@ def _save_group(path: Path, recipe: str, done: int, pupils: Sequence[_Pupil]) ->
 
 
 def _load_group(path: Path, recipe: str, pupils: Sequence[_Pupil]) -> int:
-    state = load_state(path)
+    state = read_resume(path, DistillState)
     if state is None:
         return 0
-    missing = [pupil.key for pupil in pupils if pupil.key not in state["pupils"]]
-    if state["recipe"] != recipe or missing:
-        other = f"other surrogates ({', '.join(missing)} missing)" if missing else f"{state['recipe']}; now {recipe}"
-        raise ResumeMismatch(f"{path} holds an unfinished distillation of another configuration: {other}. "
-                             "Delete it, or go back to the old configuration to finish it")
-    for pupil in pupils:
-        entry = state["pupils"][pupil.key]
-        pupil.blocks.load_state_dict(entry["params"])
-        pupil.skipped = entry["skipped"]
-        if pupil.optimizer is not None:
-            pupil.optimizer.load_state_dict(entry["optimizer"])
-    return int(state["done"])
+    if state.recipe != recipe:
+        raise ResumeMismatch(f"{path} holds an unfinished distillation of another configuration: {state.recipe}; now "
+                             f"{recipe}. Go back to it to finish it, or begin again with --restart")
+    with taken_up(path):
+        for pupil in pupils:
+            entry: PupilState = state.pupils[pupil.key]
+            pupil.blocks.load_state_dict(entry.params)
+            pupil.skipped = entry.skipped
+            if pupil.optimizer is not None:
+                pupil.optimizer.load_state_dict(entry.optimizer)
+    return state.done
+
+
+def _form_groups(todo: Sequence[tuple[SlotSpec, Choice]], checkpoint: Path,
+                 size: int) -> list[list[tuple[SlotSpec, Choice]]]:
+    """Groups of `size`; first, together, what is left of a group that was interrupted, also while it was stored.
+
+    A state of which nothing is left to do is removed: its process was killed after the last surrogate was stored.
+    """
+    state = read_resume(checkpoint, DistillState)
+    begun = [job for job in todo if state is not None and f"{job[0].name}/{job[1].label}" in state.pupils]
+    if not begun:
+        remove_state(checkpoint)
+    rest = [job for job in todo if job not in begun]
+    return [*([begun] if begun else []), *(list(rest[i:i + size]) for i in range(0, len(rest), size))]

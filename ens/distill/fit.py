@@ -6,7 +6,6 @@ Shapes: degraded (B, C, H, W) and clean (B, C, scale·H, scale·W), float32 in a
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -20,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ens.distill.losses import TaughtLoss, l1_loss
-from ens.networks.checkpoints import load_state, save_state
+from ens.distill.recipe import Recipe, ema_decay_at, learning_rate, share_batch
+from ens.distill.resume import ResumeMismatch, TrainState, read_resume, taken_up
+from ens.networks.checkpoints import save_state
 
 MAX_SKIPPED = 10
 WEIGHT_DECAY = 1e-4
@@ -30,23 +31,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to change."""
 
 
-class ResumeMismatch(ValueError):
-    """A checkpoint belongs to another configuration; the message lists the differences."""
-
-
 class PatchSource(Protocol):
     """What `ens.data.pairs.Patches` offers: any batch, rebuilt from its index."""
 
     def batch(self, index: int, batch_size: int, patch_px: int, *, first: int = 0) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Phase:
-    """From step `start` on, patches of `patch_px` (input side) in global batches of `batch_size`."""
-
-    start: int
-    patch_px: int
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -57,44 +45,6 @@ class Progress:
     steps: int
     loss: float
     skipped: int
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained: AdamW with warm-up and cosine, gradient clip, averaged weights, progressive phases.
-
-    The loss is L1 to the target, or with a teacher (1 − taught_weight)·L1 + taught_weight·L1 to the teacher's output;
-    `taught_by` names the teacher.
-    """
-
-    phases: tuple[Phase, ...]
-    steps: int
-    lr: float = 3e-4
-    lr_final: float = 1e-6
-    warmup_steps: int = 0
-    clip_norm: float = 0.1
-    ema_decay: float = 0.999
-    taught_weight: float = 0.0
-    taught_by: str = ""
-    seed: int = 0
-
-    @property
-    def key(self) -> str:
-        """Eight hex digits that name this recipe in files."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
-
-    def check_processes(self) -> None:
-        """Raises ValueError where the processes that `torchrun` started cannot share a batch."""
-        for phase in self.phases:
-            share_batch(phase.batch_size, int(os.environ.get("WORLD_SIZE", "1")))
-
-    def describe(self) -> dict[str, str]:
-        """What must be the same when a training is resumed."""
-        return {key: str(value) for key, value in vars(self).items()}
-
-    def describe_loss(self) -> str:
-        """The loss of a taught network in words."""
-        return f"{1 - self.taught_weight:g}·L1 to the target + {self.taught_weight:g}·L1 to the teacher's output"
 
 
 @dataclass(frozen=True)
@@ -168,7 +118,8 @@ def train_network(network: nn.Module, patches: PatchSource, *, recipe: Recipe, c
     `save_every` steps, and when `should_stop` says so, all state goes to `checkpoint`; the same call goes on there and
     ends with the weights of an uninterrupted run. Under `torchrun` each process takes its share of the global batch and
     the first one validates. `identity` names what else must be the same on resume. Raises ValueError for a batch that
-    the processes cannot share, ResumeMismatch, or TrainingError after ten losses that were not finite.
+    the processes cannot share, ResumeMismatch, DamagedState, or TrainingError after ten losses that were not finite and
+    where the weights or the validation are not finite in the end.
     """
     rank, world = _find_rank()
     shares = {phase.batch_size: share_batch(phase.batch_size, world) for phase in recipe.phases}
@@ -197,9 +148,9 @@ def train_network(network: nn.Module, patches: PatchSource, *, recipe: Recipe, c
                              warmup_steps=recipe.warmup_steps)
         value = _take_step(run, wrapped, loss, pair, rate, clip_norm=recipe.clip_norm, device=device, bf16=use_bf16)
         if run.skipped >= MAX_SKIPPED:
-            raise TrainingError(f"the loss was not finite in {run.skipped} steps up to step {run.done}; the last good "
-                                f"state is kept in {checkpoint.name}. Lower the learning rate ({recipe.lr}) or the "
-                                f"clip ({recipe.clip_norm})")
+            kept = f"; the last state is kept in {checkpoint}" if checkpoint.exists() else ""
+            raise TrainingError(f"the loss was not finite in {run.skipped} steps up to step {run.done}{kept}. "
+                                f"{recipe.advice}")
         if on_progress is not None:
             on_progress(Progress(run.done, steps, value, run.skipped))
         if run.done % every == 0 or run.done == steps:
@@ -209,7 +160,11 @@ def train_network(network: nn.Module, patches: PatchSource, *, recipe: Recipe, c
             save_state(checkpoint, run.state(known))
         if stop and run.done < steps:
             return run.fit(complete=False)
-    return _finish(run, world)
+    fit = _finish(run, world)
+    if not all(value.isfinite().all() for value in network.state_dict().values()) or (
+            fit.psnr_db is not None and (math.isnan(fit.psnr_db) or fit.psnr_db == -math.inf)):
+        raise TrainingError(f"the training ended in weights that give no finite output. {recipe.advice}")
+    return fit
 
 
 def _take_step(run: _Run, wrapped: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
@@ -244,27 +199,11 @@ def _finish(run: _Run, world: int) -> Fit:
     return cast(Fit, result[1])
 
 
-def ema_decay_at(updates: int, decay: float) -> float:
-    """Decay of the average after so many updates, at most `decay`: (1 + n) / (10 + n), as TensorFlow warms it up.
-
-    A constant 0.999 keeps 96 % of the first step's weights in a training of 40 steps.
-    """
-    return min(decay, (1 + updates) / (10 + updates))
-
-
 def _average(decay: float) -> Callable[[Any, Any, Any], None]:
     def update(averaged: Any, current: Any, updates: Any) -> None:
         get_ema_multi_avg_fn(ema_decay_at(int(updates), decay))(averaged, current, updates)
 
     return update
-
-
-def learning_rate(step: int, *, steps: int, lr: float, lr_final: float, warmup_steps: int) -> float:
-    """Linear warm-up, then cosine from `lr` to `lr_final` at the last step."""
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return lr_final + (lr - lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def start_processes(device: str) -> None:
@@ -293,15 +232,6 @@ def choose_device(name: str) -> str:
     return name
 
 
-def share_batch(batch_size: int, processes: int) -> int:
-    """Samples of a global batch for each process; raises ValueError naming the next sizes that can be shared."""
-    if batch_size % processes:
-        low = batch_size // processes * processes
-        fitting = f"{low} or {low + processes}" if low else str(processes)
-        raise ValueError(f"batch of {batch_size} cannot be shared by {processes} processes; take {fitting}")
-    return batch_size // processes
-
-
 def wrap_for_processes(network: nn.Module, device: str) -> DistributedDataParallel:
     """The network with gradients averaged over all processes, bound to this process's GPU where it has one."""
     own = torch.device(device)
@@ -321,18 +251,19 @@ def gains_from_bf16(device: str) -> bool:
 
 
 def _resume(path: Path, recipe: Mapping[str, str], run: _Run, device: str) -> None:
-    state = load_state(path, device=device)
+    state = read_resume(path, TrainState, device=device)
     if state is None:
         return
-    stored = cast(dict[str, str], state["recipe"])
-    differences = [f"{key}: {stored.get(key, 'absent')} there, {recipe.get(key, 'absent')} now"
-                   for key in sorted({*stored, *recipe}) if stored.get(key) != recipe.get(key)]
+    differences = [f"{key}: {state.recipe.get(key, 'absent')} there, {recipe.get(key, 'absent')} now"
+                   for key in sorted({*state.recipe, *recipe}) if state.recipe.get(key) != recipe.get(key)]
     if differences:
-        raise ResumeMismatch(f"{path} was written with another configuration ({'; '.join(differences)}); "
-                             "take another output folder, or the old configuration to continue")
-    run.network.load_state_dict(state["params"])
-    run.ema.load_state_dict(state["ema"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.done, run.skipped = int(state["done"]), int(state["skipped"])
-    best = state["best"]
-    run.best = None if best is None else _Best(**{**best, "weights": {k: v.cpu() for k, v in best["weights"].items()}})
+        raise ResumeMismatch(f"{path} was written with another configuration ({'; '.join(differences)}). Go back to it "
+                             "to continue, take another output folder, or begin this training again with --restart")
+    with taken_up(path):
+        run.network.load_state_dict(state.params)
+        run.ema.load_state_dict(state.ema)
+        run.optimizer.load_state_dict(state.optimizer)
+    run.done, run.skipped = state.done, state.skipped
+    if state.best is not None:
+        weights = {name: value.cpu() for name, value in state.best.weights.items()}
+        run.best = _Best(**{**dict(state.best), "weights": weights})

@@ -10,41 +10,43 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import nn
 
 from ens.atomic import write_atomic
 from ens.networks import create_network
-from ens.networks.checkpoints import hash_weights
+from ens.networks.checkpoints import hash_weights, load_strictly
+from ens.networks.schema import Entries, Options, Sha256, read_entries
 from ens.networks.steps import Network, SlotSpec, create_filling
+from ens.networks.weight_files import CheckpointError, read_safetensors
 from ens.space import BUILTIN, Choice, SearchSpace
 
 FORMAT = 1
+_REMEDY = "take a sound copy of the library, or distil it again into another folder"
 
 
 class LibraryError(ValueError):
     """A library that is missing, broken, or belongs to another teacher."""
 
 
-@dataclass(frozen=True)
-class Surrogate:
+class Surrogate(Entries):
     """Manifest entry of one slot and choice.
 
     `alignment_error` is the squared error on unseen patches relative to the slot's own update, 0 is perfect and 1 as
-    good as no update; `failed` says why training was given up, "" when it was not.
+    good as no update, -1 not a number; `failed` says why training was given up, "" when it was not.
     """
 
     slot: str
     choice: str
-    alignment_error: float
-    params: int
-    steps: int
-    sha256: str
+    alignment_error: float = Field(ge=-1)
+    params: int = Field(ge=0)
+    steps: int = Field(ge=0)
+    sha256: Sha256 | Literal[""]
     failed: str = ""
 
     @property
@@ -52,27 +54,53 @@ class Surrogate:
         return f"{self.slot}/{self.choice}"
 
 
+class TeacherEntry(Entries):
+    """Manifest entry of the teacher: how it is built, and the hash of its weights after and before rounding."""
+
+    network: str
+    options: Options
+    sha256: Sha256
+    source_sha256: Sha256
+
+
+class Manifest(Entries):
+    """What `manifest.json` holds; surrogates by `slot/choice`, in the order they were stored."""
+
+    format: int
+    task: str
+    dtype: Literal["float32", "float16", "bfloat16"]
+    teacher: TeacherEntry
+    recipe: dict[str, Any]
+    surrogates: dict[str, Surrogate]
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        for key, entry in self.surrogates.items():
+            if key != entry.key or bool(entry.sha256) == bool(entry.failed):
+                raise ValueError(f"surrogate {key} has the entry {entry.key}, hash {entry.sha256!r}, failed "
+                                 f"{entry.failed!r}")
+        return self
+
+
 class Library:
     """Distilled surrogates of one teacher. Made by `create_library` (empty) or `open_library`."""
 
-    def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root = root
         self.manifest = manifest
 
     @property
     def teacher_sha256(self) -> str:
-        return str(self.manifest["teacher"]["sha256"])
+        return self.manifest.teacher.sha256
 
     def imitates(self, teacher: Network) -> bool:
         """Whether this is the teacher of the library, before or after its weights were rounded."""
-        return hash_weights(teacher) in (self.teacher_sha256, self.manifest["teacher"]["source_sha256"])
+        return hash_weights(teacher) in (self.teacher_sha256, self.manifest.teacher.source_sha256)
 
     @property
     def surrogates(self) -> dict[str, Surrogate]:
         """By `slot/choice`, in the order they were stored; failed ones included."""
-        names = [field.name for field in fields(Surrogate)]  # version 0.1 wrote multiply-adds, too
-        return {key: Surrogate(**{name: entry[name] for name in names if name in entry})
-                for key, entry in self.manifest["surrogates"].items()}
+        return dict(self.manifest.surrogates)
 
     def hash_of(self, space: SearchSpace) -> str:
         """Identifies the weights a search of this space runs on: the teacher's and every surrogate's."""
@@ -82,28 +110,34 @@ class Library:
 
     def has(self, slot: str, choice: Choice) -> bool:
         """Whether this surrogate is done: stored, or marked failed."""
-        return f"{slot}/{choice.label}" in self.manifest["surrogates"]
+        return f"{slot}/{choice.label}" in self.manifest.surrogates
 
     def missing(self, slot: str, choice: Choice) -> str:
         """Why a genotype with this choice cannot be built, "" when it can."""
-        entry = self.surrogates.get(f"{slot}/{choice.label}")
+        entry = self.manifest.surrogates.get(f"{slot}/{choice.label}")
         if entry is None:
             return f"{self.root.name} holds no {choice.label} for {slot}"
         return f"{choice.label} of {slot} failed: {entry.failed}" if entry.failed else ""
 
     def create_skeleton(self) -> Network:
         """The teacher's network without weights, on the meta device: its slots and sizes cost nothing to know."""
-        entry = self.manifest["teacher"]
         with torch.device("meta"):
-            return create_network(entry["network"], **entry["options"])
+            return self._create_teacher()
+
+    def _create_teacher(self) -> Network:
+        entry = self.manifest.teacher
+        try:
+            return create_network(entry.network, **entry.options)
+        except ValueError as error:
+            raise LibraryError(f"{self.root}: the teacher of its manifest cannot be built ({error})") from None
 
     def load_teacher(self) -> Network:
         """The teacher, in evaluation mode; raises LibraryError when its weights are not those of the manifest."""
-        entry = self.manifest["teacher"]
-        network = create_network(entry["network"], **entry["options"])
+        network = self._create_teacher()
         load_weights(network, self.root / "teacher.safetensors")
-        if hash_weights(network) != entry["sha256"]:
-            raise LibraryError(f"{self.root / 'teacher.safetensors'} is not the teacher this library imitates")
+        if hash_weights(network) != self.teacher_sha256:
+            raise LibraryError(f"{self.root / 'teacher.safetensors'} is not the teacher this library imitates; "
+                               f"{_REMEDY}")
         return network.eval()
 
     def load_surrogate(self, spec: SlotSpec, choice: Choice) -> nn.Sequential:
@@ -115,24 +149,25 @@ class Library:
         path = self._path(spec.name, choice)
         load_weights(blocks, path)
         if hash_weights(blocks) != self.surrogates[f"{spec.name}/{choice.label}"].sha256:
-            raise LibraryError(f"{path} does not hold the weights its manifest describes")
+            raise LibraryError(f"{path} does not hold the weights its manifest describes; {_REMEDY}")
         return blocks.eval()
 
     def store(self, spec: SlotSpec, choice: Choice, blocks: nn.Module, *, alignment_error: float,
               steps: int, failed: str = "") -> None:
         """Add one surrogate; of a failed one only the manifest entry is kept, never its weights."""
-        dtype = getattr(torch, self.manifest["dtype"])
+        dtype = getattr(torch, self.manifest.dtype)
         if not failed:
             round_weights(blocks, dtype)
             save_weights(blocks, self._path(spec.name, choice), dtype)
         error = alignment_error if math.isfinite(alignment_error) else -1.0
-        entry = Surrogate(spec.name, choice.label, error, sum(p.numel() for p in blocks.parameters()),
-                          steps, "" if failed else hash_weights(blocks), failed)
-        self.manifest["surrogates"][entry.key] = asdict(entry)
+        entry = Surrogate(slot=spec.name, choice=choice.label, alignment_error=error, steps=steps, failed=failed,
+                          params=sum(p.numel() for p in blocks.parameters()),
+                          sha256="" if failed else hash_weights(blocks))
+        self.manifest.surrogates[entry.key] = entry
         self.write_manifest()
 
     def write_manifest(self) -> None:
-        text = json.dumps(self.manifest, indent=1, ensure_ascii=False)
+        text = json.dumps(self.manifest.model_dump(), indent=1, ensure_ascii=False)
         write_atomic(self.root / "manifest.json", text.encode())
 
     def _path(self, slot: str, choice: Choice) -> Path:
@@ -153,9 +188,9 @@ def create_library(root: Path, teacher: Network, *, task: str, recipe: Mapping[s
     root.mkdir(parents=True, exist_ok=True)
     save_weights(teacher, root / "teacher.safetensors", getattr(torch, dtype))
     name, options = teacher.recipe
-    library = Library(root, {"format": FORMAT, "task": task, "dtype": dtype,
-                             "teacher": {"network": name, "options": options, "sha256": hash_weights(teacher),
-                                         "source_sha256": source}, "recipe": dict(recipe), "surrogates": {}})
+    library = Library(root, read_entries(Manifest, {
+        "format": FORMAT, "task": task, "dtype": dtype, "recipe": dict(recipe), "surrogates": {}, "teacher": {
+            "network": name, "options": options, "sha256": hash_weights(teacher), "source_sha256": source}}))
     library.write_manifest()
     return library
 
@@ -163,15 +198,19 @@ def create_library(root: Path, teacher: Network, *, task: str, recipe: Mapping[s
 def open_library(path: str | Path) -> Library:
     """Open a library folder, or `builtin:NAME` of those that ship; raises LibraryError saying what is wrong."""
     root = builtin_folder(str(path)) if str(path).startswith(BUILTIN) else Path(path)
+    file = root / "manifest.json"
+    if not file.is_file():
+        raise LibraryError(f"{path} is not a library: it has no manifest.json")
     try:
-        manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LibraryError(f"{path} is not a library: it has no manifest.json") from None
-    except ValueError as error:
-        raise LibraryError(f"{root / 'manifest.json'} is damaged: {error}") from None
-    if manifest.get("format") != FORMAT:
-        raise LibraryError(f"{path} has library format {manifest.get('format')}; this version reads {FORMAT}")
-    return Library(root, manifest)
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = content.get("format") if isinstance(content, dict) else None
+        if type(found) is int and found != FORMAT:
+            raise LibraryError(f"{path} has library format {found}; this version reads {FORMAT}")
+        return Library(root, read_entries(Manifest, content))
+    except LibraryError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise LibraryError(f"{file} is damaged ({error}); {_REMEDY}") from None
 
 
 def builtin_folder(name: str) -> Path:
@@ -193,11 +232,10 @@ def save_weights(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load strictly, into the module's own float32; raises LibraryError naming the file and the reason."""
     try:
-        state: dict[str, Tensor] = safetensors.torch.load_file(path)
-        module.load_state_dict({name: value.float() for name, value in state.items()})
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise LibraryError(f"{path} cannot be read: {reason}") from None
+        _, state = read_safetensors(path)
+        load_strictly(path, module, {name: value.float() for name, value in state.items()})
+    except CheckpointError as error:
+        raise LibraryError(f"{error}; {_REMEDY}") from None
 
 
 def round_weights(module: nn.Module, dtype: torch.dtype) -> None:

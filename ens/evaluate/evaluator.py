@@ -16,10 +16,11 @@ from torch import nn
 
 from ens.data.pairs import ValidationImage, ValidationSet
 from ens.evaluate.meters import Meter
-from ens.evaluate.metrics import Score, score, score_input, score_psnr_db
+from ens.evaluate.metrics import SSIM_WINDOW_PX, Score, score, score_input, score_psnr_db
 from ens.evaluate.protocols import Protocol
 from ens.networks.steps import Network, State, pad_to_multiple
-from ens.objectives import add_quality
+from ens.objectives import add_quality, count_perfect, mean_psnr_db, psnr_drop_db
+from ens.shortage import is_shortage
 from ens.space import Genotype, Measurement, SearchSpace
 
 CACHE_BYTES = 2 * 2**30
@@ -61,12 +62,12 @@ class Evaluator:
         """One measurement a genotype, in the given order: PSNR of every validation image, and every meter.
 
         Image after image is run through all of them, sorted so that neighbours share the longest prefixes. A hybrid
-        that cannot be built, raises, or returns what is not finite is an invalid measurement that says so; only
-        memory that runs out is raised, for no genotype is to blame.
+        that cannot be built, raises, or returns what is not finite is an invalid measurement that says so; memory or
+        disk that runs out is raised, for no genotype is to blame.
         """
         for genotype, (psnr_db, reason) in self._run_all(genotypes).items():
             values = {name: meter.measure(genotype) for name, meter in self._meters.items()}
-            if not reason and not all(map(math.isfinite, psnr_db)):
+            if not reason and any(math.isnan(value) or value == -math.inf for value in psnr_db):
                 reason = "PSNR is not finite"
             yield add_quality(Measurement(genotype, values, psnr_db, not reason, reason),
                               teacher_psnr_db=self._teacher_psnr_db)
@@ -80,10 +81,8 @@ class Evaluator:
             for genotype in sorted(genotype for genotype, reason in reasons.items() if not reason):
                 try:
                     psnr_db[genotype].append(self._psnr_db(genotype, image, cache))
-                except MemoryError:
-                    raise
                 except Exception as error:
-                    if any(piece in str(error) for piece in ("out of memory", "allocate memory")):
+                    if is_shortage(error):
                         raise
                     reasons[genotype] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return {genotype: (tuple(psnr_db[genotype]), reasons[genotype]) for genotype in genotypes}
@@ -153,10 +152,39 @@ class Evaluation:
     outputs: tuple[Score, ...]
 
     def means(self) -> tuple[float, float, float]:
-        """Mean PSNR in dB and SSIM of the output, and mean PSNR of the input (NaN where sizes differ)."""
-        return (statistics.fmean(score.psnr_db for score in self.outputs),
-                statistics.fmean(score.ssim for score in self.outputs),
-                statistics.fmean(score.psnr_db for score in self.inputs) if self.inputs else float("nan"))
+        """Mean PSNR in dB and SSIM of the output, and mean PSNR of the input (NaN where sizes differ).
+
+        Images restored perfectly are left out of PSNRs, images too small for SSIM's window out of SSIM (NaN where no
+        other is left); `left_out` says how many.
+        """
+        ssim = [score.ssim for score in self.outputs if not math.isnan(score.ssim)]
+        return (mean_psnr_db([score.psnr_db for score in self.outputs]), statistics.fmean(ssim) if ssim else math.nan,
+                mean_psnr_db([score.psnr_db for score in self.inputs]) if self.inputs else math.nan)
+
+    @property
+    def left_out(self) -> list[str]:
+        """A sentence for every reason for which images are left out of means."""
+        perfect = count_perfect([score.psnr_db for score in self.outputs])
+        small = sum(math.isnan(score.ssim) and not math.isnan(score.psnr_db) for score in self.outputs)
+        return [*([f"{perfect} of {len(self.outputs)} images equal their target: left out of the mean PSNR"]
+                  if perfect else []),
+                *([f"{small} of {len(self.outputs)} images are smaller than SSIM's window of {SSIM_WINDOW_PX} px: left "
+                   "out of the mean SSIM"] if small else [])]
+
+    @property
+    def broken(self) -> str:
+        """A sentence where the file under test gives no numbers on some image, "" where all is well."""
+        names = [name for name, score in zip(self.names, self.outputs, strict=True)
+                 if math.isnan(score.psnr_db) or score.psnr_db == -math.inf]
+        return f"the output is not finite on {len(names)} of {len(self.names)} images: {names[0]} …" if names else ""
+
+    @property
+    def gain_db(self) -> float:
+        """Mean PSNR of the output minus that of the input over the same images, dB; NaN where sizes differ."""
+        if not self.inputs:
+            return math.nan
+        return psnr_drop_db(teacher_psnr_db=[score.psnr_db for score in self.outputs],
+                            psnr_db=[score.psnr_db for score in self.inputs])
 
 
 def evaluate_restorer(restore: Callable[[torch.Tensor], torch.Tensor], images: ValidationSet, protocol: Protocol, *,
@@ -208,7 +236,7 @@ class Judge:
 
     def score(self, network: nn.Module) -> float:
         """Mean PSNR on the validation images, dB."""
-        return statistics.fmean(list_psnr_db(network, self._sets[""], self._protocol))
+        return mean_psnr_db(list_psnr_db(network, self._sets[""], self._protocol))
 
     def judge(self, network: nn.Module, state: str) -> dict[str, tuple[float, ...]]:
         """PSNR of every image, dB: `psnr_db_STATE` on the validation images, `report_psnr_db_STATE` on the others."""

@@ -16,7 +16,7 @@ FloatArray = NDArray[np.float64]
 
 _STUDIO_LUMA = np.array([65.481, 128.553, 24.966]) / 255
 _SSIM_C1, _SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-_SSIM_WINDOW_PX = 11
+SSIM_WINDOW_PX = 11
 
 
 class Score(NamedTuple):
@@ -94,7 +94,7 @@ def ssim(output: FloatArray, target: FloatArray) -> float:
 
     NaN for images smaller than the window.
     """
-    if min(output.shape[:2]) < _SSIM_WINDOW_PX:
+    if min(output.shape[:2]) < SSIM_WINDOW_PX:
         return float("nan")
     return float(np.mean([_ssim_plane(np.ascontiguousarray(output[..., channel]),
                                       np.ascontiguousarray(target[..., channel]))
@@ -111,6 +111,6 @@ def _ssim_plane(x: FloatArray, y: FloatArray) -> float:
 
 
 def _window_mean(plane: FloatArray) -> FloatArray:
-    kernel = cv2.getGaussianKernel(_SSIM_WINDOW_PX, 1.5)
-    radius = _SSIM_WINDOW_PX // 2
+    kernel = cv2.getGaussianKernel(SSIM_WINDOW_PX, 1.5)
+    radius = SSIM_WINDOW_PX // 2
     return np.asarray(cv2.sepFilter2D(plane, -1, kernel, kernel), np.float64)[radius:-radius, radius:-radius]

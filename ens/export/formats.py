@@ -6,7 +6,8 @@ To add one: a file with a writer and an opener, a row in `FORMATS`, and a test.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,17 @@ from torch import Tensor
 
 from ens.atomic import atomic_path, write_atomic
 from ens.networks.steps import Network, pad_to_multiple
+from ens.shortage import is_disk_error, is_memory_error
 
 _LARGEST_PHOTO_PX = 512
 
 
 class ExportError(RuntimeError):
     """A network that cannot be exported, or an exported file that does not reproduce it."""
+
+
+class ParityError(ExportError):
+    """A file that runs and does not reproduce its network: the one failure that weights may be to blame for."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +43,17 @@ class OpenedFile:
 
 @dataclass(frozen=True)
 class Format:
-    """`write(network, path, metadata)`, and `open(path, threads)` in the format's own runtime."""
+    """`write(network, path, metadata, on_event)`, and `open(path, threads)` in the format's own runtime."""
 
     name: str
-    write: Callable[[Network, Path, Mapping[str, str]], None]
+    write: Callable[[Network, Path, Mapping[str, str], Callable[[str], None]], None]
     open: Callable[[Path, int | None], OpenedFile]
 
 
-def _write_onnx(network: Network, path: Path, metadata: Mapping[str, str]) -> None:
+def _write_onnx(network: Network, path: Path, metadata: Mapping[str, str], on_event: Callable[[str], None]) -> None:
     from ens.export.onnx import write_onnx  # brings onnxscript, a second
 
-    write_onnx(network, path, metadata)
+    write_onnx(network, path, metadata, on_event)
 
 
 def _open_onnx(path: Path, threads: int | None) -> OpenedFile:
@@ -69,7 +75,8 @@ def write_checked(network: Network, path: str | Path, *, photo: Tensor, toleranc
     The format's runtime opens the file and must reproduce PyTorch on images of noise of three sizes, on black, white,
     constant and half-black ones, and on `photo` (1, C, H, W), a real degraded image. Metadata are `size_multiple`,
     `upscale`, `channels` and `facts`. `on_event` gets a line a step. Raises ExportError, leaving no file, when the
-    network cannot be exported or the error exceeds `tolerance`; memory or disk that runs out is raised as it is.
+    network cannot be exported or run, ParityError when the error exceeds `tolerance`; MemoryError or OSError where
+    memory or disk ran out, whatever an exporter or runtime has made of it.
     """
     path, say = Path(path), on_event or (lambda line: None)
     if path.suffix not in FORMATS:
@@ -83,30 +90,32 @@ def write_checked(network: Network, path: str | Path, *, photo: Tensor, toleranc
     if taken:
         raise ValueError(f"facts may not be called {', '.join(taken)}; these names describe the file")
     with atomic_path(path) as temporary:
-        say(f"export: tracing {sum(spec.depth for spec in network.slots)} blocks, about two seconds each")
-        try:
-            kind.write(network, temporary, {**metadata, **(facts or {})})
-        except (MemoryError, OSError):
-            raise
-        except Exception as failure:  # whatever an exporter meets, the answer is the same: no file, and why
-            reason = str(failure.__cause__ or failure).strip().split("\n")[0]
-            raise ExportError(f"the network cannot be exported to {path.suffix}: {reason}") from failure
+        say("export: tracing the network; each kind of block takes a few seconds")
+        with _translated(f"the network cannot be exported to {path.suffix}"):
+            kind.write(network, temporary, {**metadata, **(facts or {})}, say)
         say("export: comparing the file with PyTorch")
-        error = _check(kind, network, temporary, photo)
+        with _translated("the exported file does not run"):
+            error = measure_parity(network, kind.open(temporary, None).run, photo=photo)
         if not error <= tolerance:
-            raise ExportError(f"{path.name}: its runtime differs from PyTorch by {error:.1e} relative, more than "
+            raise ParityError(f"{path.name}: its runtime differs from PyTorch by {error:.1e} relative, more than "
                               f"{tolerance:.0e}; the file was not kept")
     return error
 
 
-def _check(kind: Format, network: Network, path: Path, photo: Tensor) -> float:
-    """Parity of a written file; ExportError where its own runtime cannot open or run it."""
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Exporters' and runtimes' errors, which share no public class, as ExportError; shortages as what they are."""
     try:
-        return measure_parity(network, kind.open(path, None).run, photo=photo)
+        yield
     except (MemoryError, OSError, ExportError):
         raise
-    except Exception as failure:  # runtimes' errors share no public class
-        raise ExportError(f"the exported file does not run: {str(failure).strip().splitlines()[0]}") from failure
+    except Exception as failure:
+        lines = str(failure.__cause__ or failure).strip().splitlines() or [type(failure).__name__]
+        if is_memory_error(failure):
+            raise MemoryError(f"{what}: {lines[0]}") from failure
+        if is_disk_error(failure):
+            raise OSError(f"{what}: {lines[0]}") from failure
+        raise ExportError(f"{what}: {lines[0]}") from failure
 
 
 def measure_parity(network: Network, run: Callable[[Tensor], Tensor], *, photo: Tensor) -> float:

@@ -26,6 +26,12 @@ def tidy_graph(model: ir.Model) -> None:
     _drop_unused(model.graph)
 
 
+def replace_node(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+    """Whoever reads the node's one output reads `value`, and the node is gone."""
+    node.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
 def _apply_until_done(graph: ir.Graph, rewrite: Callable[[ir.Graph, ir.Node], bool]) -> None:
     changed = True
     while changed:

@@ -6,24 +6,22 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import load_file
 from torch import nn
 
 from ens.atomic import write_atomic
 from ens.distill.library import open_library
-from ens.networks import create_network
 from ens.networks.checkpoints import (
-    CheckpointError,
+    check_hash,
     describe_recipe,
     encode_tensors,
-    hash_weights,
     load_checkpoint,
     load_strictly,
-    read_metadata,
+    rebuild_network,
 )
+from ens.networks.schema import HybridRecipe
 from ens.networks.steps import Network, create_filling
+from ens.networks.weight_files import CheckpointError, read_metadata, read_safetensors
 from ens.space import BUILTIN, Choice, Genotype, format_genotype
 
 HYBRID_FORMAT = "ens hybrid 1"
@@ -66,21 +64,16 @@ def load_hybrid(path: str | Path) -> Network:
     if metadata.get("format") != HYBRID_FORMAT:
         raise CheckpointError(path, f"is no hybrid file (format {metadata.get('format', 'unknown')!r}, "
                                     f"expected {HYBRID_FORMAT!r})")
+    recipe, network = rebuild_network(path, HybridRecipe, metadata)
     try:
-        network = create_network(metadata["network"], **json.loads(metadata["options"]))
-        for name, entry in json.loads(metadata["slots"]).items():
-            network.fill(name, create_filling(network.slot(name), _read_choice(entry)))
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(path, f"describes a network that cannot be built ({error})") from error
-    state = load_file(path)
+        for name, filling in recipe.slots.items():
+            network.fill(name, create_filling(network.slot(name), filling.choice))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(path, f"describes a network that cannot be built ({error.args[0]})") from None
+    _, state = read_safetensors(Path(path))
     load_strictly(path, network, state)
-    if hash_weights(state) != metadata["weights_sha256"]:
-        raise CheckpointError(path, "holds weights other than those that were written (the hash differs)")
+    check_hash(path, recipe, state)
     return network.eval()
-
-
-def _read_choice(entry: Mapping[str, Any]) -> Choice:
-    return Choice(entry["family"], entry["depth"], tuple(entry["options"].items()))
 
 
 class HybridFiles:

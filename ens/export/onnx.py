@@ -6,10 +6,13 @@ Shapes: image (1, C, H, W) in [0, 1], H and W multiples of `size_multiple` -> (1
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
+import re
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +24,20 @@ from onnxscript import rewriter
 from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch.export import Dim
+from torch.fx.experimental import _config as shapes_config
 
-from ens.export.graph import tidy_graph
+from ens.export.graph import replace_node, tidy_graph
+from ens.export.repeats import Block, copy_blocks, hide_weights, list_kinds, marked
 from ens.networks.steps import Network
 
 OPSET = 20
 """GELU is one operator from here on; below it ONNX Runtime is a tenth slower, above it is not faster (measured)."""
 _LARGEST_SIDE = 65536
+_EXAMPLE_PX = (640, 1152)
+"""Sides of the traced image: different ones, and so large that windows of 32 pixels in the deepest level are different
+numbers above 1 too. What is 1 in the example, or equal, a tracer may take to be so always."""
 _RULES = (rules.reshape_reshape_rule, rules.transpose_transpose_rule, rules.unsqueeze_unsqueeze_rule,
           rules.no_op_transpose_rule, rules.no_op_cast_rule, rules.no_op_expand_rule, rules.cast_cast_rule,
           rules.collapse_slice_rule, rules.collapse_slice2_rule, rules.slice_split_rule,
@@ -39,59 +48,112 @@ epsilon under a root is one: a black image became NaN."""
 
 
 class _Restore(nn.Module):
-    """`Network.restore` as the forward that is exported."""
+    """`Network.restore` of an image that comes as (1, C, h, m, w, m), m the size multiple.
+
+    Its sides are then products of h and w to the tracer, which halves and divides them in a moment; of sides that are
+    only promised to be multiples it proves every division anew, for seconds a block.
+    """
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.network.restore(image)
+        height, width = (image.shape[axis] * self.network.size_multiple for axis in (2, 4))
+        return self.network.restore(image.reshape(1, self.network.in_channels, height, width))
 
 
-def write_onnx(network: Network, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the network with `metadata` beside its graph; raises whatever the exporter meets."""
-    model = _trace(network)
-    simplify_graph(model)
+def write_onnx(network: Network, path: Path, metadata: Mapping[str, str], on_event: Callable[[str], None]) -> None:
+    """Write the network with `metadata` beside its graph; `on_event` gets a line a step.
+
+    Raises whatever the exporter meets.
+    """
+    kinds = list_kinds(network)
+    model = _trace(network, kinds, on_event)
+    on_event("export: simplifying the graph")
+    with _hushed():
+        passes.InlinePass()(model)
+        _join_units(model.graph, network.size_multiple)
+        hide_weights(model.graph, kinds)
+        simplify_graph(model)
+        copy_blocks(model.graph, kinds)
+        _fold(model)
     tidy_graph(model)
     model.metadata_props.update(metadata)
     path.write_bytes(ir.to_proto(model).SerializeToString())
 
 
-def _trace(network: Network) -> ir.Model:
-    multiple = network.size_multiple
-    # Two different sides above 1, so that the exporter takes neither for a constant nor one for the other.
-    example = torch.zeros(1, network.in_channels, 6 * multiple, 8 * multiple)
-    sides = {axis: multiple * Dim(name, min=1, max=_LARGEST_SIDE // multiple) for axis, name in ((2, "h"), (3, "w"))}
-    with torch.no_grad(), _hushed():
-        program = torch.onnx.export(_Restore(network).eval(), (example,), dynamo=True, opset_version=OPSET,
-                                    dynamic_shapes={"image": sides}, input_names=["image"], output_names=["restored"],
-                                    verbose=False, optimize=False)
-    assert program is not None
-    return program.model
+def _trace(network: Network, kinds: Sequence[Sequence[Block]], on_event: Callable[[str], None]) -> ir.Model:
+    multiple, stdout = network.size_multiple, sys.stdout
+
+    def say(line: str) -> None:
+        with contextlib.redirect_stdout(stdout):
+            on_event(line)
+
+    height, width = (max(least, side // multiple) for least, side in zip((6, 9), _EXAMPLE_PX, strict=True))
+    example = torch.zeros(1, network.in_channels, height, multiple, width, multiple)
+    units = {axis: Dim(name, min=1, max=_LARGEST_SIDE // multiple) for axis, name in ((2, "h"), (4, "w"))}
+    with torch.no_grad(), _hushed(), _quickened(), marked(network, kinds, say):
+        # Left to the exporter, a side that it cannot prove something of becomes a constant without a word.
+        program = torch.export.export(_Restore(network).eval(), (example,), dynamic_shapes={"image": units},
+                                      strict=False, prefer_deferred_runtime_asserts_over_guards=True)
+        say("export: writing the graph in ONNX operators")
+        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, input_names=["image"],
+                                     output_names=["restored"], verbose=False, optimize=False)
+    assert exported is not None
+    return exported.model
+
+
+def _join_units(graph: ir.Graph, multiple: int) -> None:
+    """Make the input (1, C, H, W) again: the reshape goes, and a unit is a side divided by the multiple."""
+    (units,) = graph.inputs
+    (reshape,) = (node for node in units.consumers() if node.op_type == "Reshape")
+    assert units.shape is not None
+    image = ir.Value(name=units.name, shape=ir.Shape([1, units.shape[1], "height", "width"]), type=units.type)
+    divisor = ir.Value(name="size_multiple", const_value=ir.tensor(np.array([multiple], np.int64)))
+    graph.register_initializer(divisor)
+    for node in list(units.consumers()):
+        if node.op_type == "Shape":
+            axis = node.attributes["start"].as_int() // 2 + 1
+            side = ir.node("Shape", [image], {"start": axis, "end": axis + 1})
+            unit = ir.node("Div", [side.outputs[0], divisor])
+            graph.insert_before(node, [side, unit])
+            replace_node(graph, node, unit.outputs[0])
+    replace_node(graph, reshape, image)
+    graph.inputs[:] = [image]
 
 
 def simplify_graph(model: ir.Model) -> None:
     """Fold what is constant, shapes above all, and drop what nothing reads; no value changes."""
-    with _hushed():
-        passes.InlinePass()(model)
-        fold_constants_ir(model)
-        passes.RemoveUnusedNodesPass()(model)
-        passes.CommonSubexpressionEliminationPass()(model)
-        rewriter.rewrite(model, pattern_rewrite_rules=list(_RULES))
-        fold_constants_ir(model)
-        passes.RemoveUnusedNodesPass()(model)
+    _fold(model)
+    rewriter.rewrite(model, pattern_rewrite_rules=list(_RULES))
+    _fold(model)
+
+
+def _fold(model: ir.Model) -> None:
+    fold_constants_ir(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
 
 
 def open_onnx(path: Path, threads: int | None) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
-    """The file in ONNX Runtime on the CPU, and the metadata beside its graph; raises what the runtime raises."""
+    """The file in ONNX Runtime on the CPU, and the metadata beside its graph; raises what the runtime raises.
+
+    FileNotFoundError names the file that other tools put the weights in, where it was left behind.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised as well
     # Plans one block for all activations of a size: twice the peak, and no faster (measured, CPU, tiles of 512 px).
     options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's errors share no public class
+        lost = re.search(r'External data path does not exist: "([^"]+)"', str(error))
+        if lost is None:
+            raise
+        raise FileNotFoundError(f"its weights are in a file of their own, which is not beside it: {lost[1]}") from None
     return session, dict(session.get_modelmeta().custom_metadata_map)
 
 
@@ -108,6 +170,24 @@ def release_onnx(session: onnxruntime.InferenceSession) -> None:
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     # It does so at the end of a run only: of the smallest image that there is.
     session.run(None, {name: np.zeros((1, channels, side, side), np.float32)}, options)
+
+
+@contextlib.contextmanager
+def _quickened() -> Iterator[None]:
+    """Without what costs a tracer more than it brings, a third of the time together (measured).
+
+    That is looking for garbage among millions of objects that stay; asking whether a side might be 0 or 1, which
+    PyTorch's own exporter does not ask either; and remembering what operators give for sides that never come again.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with (shapes_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+              dynamo_config.patch(fake_tensor_cache_enabled=False)):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextlib.contextmanager

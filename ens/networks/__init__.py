@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
+
+from ens.blocks.bounds import check_options, check_size
 from ens.networks.dvmsr import DVMSR
 from ens.networks.mambacsr import MambaCSR
 from ens.networks.mambair_unet import MambaIRUNet
@@ -30,16 +33,16 @@ NETWORKS: dict[str, type[Network]] = {
 def create_network(name: str, **options: Any) -> Network:
     """Build a published network by name with its published constructor options (random weights).
 
-    Raises ValueError for an unknown name or option, listing the allowed ones. The network remembers how it was built
-    (`network.recipe`), so a file that holds its weights can describe it.
+    Raises ValueError for an unknown name or option, listing the allowed ones, and for sizes out of bounds. The network
+    remembers how it was built (`network.recipe`), so a file that holds its weights can describe it.
     """
     if name not in NETWORKS:
         raise ValueError(f"network {name!r} is unknown; allowed: {', '.join(NETWORKS)}")
-    allowed = list(inspect.signature(NETWORKS[name]).parameters)
-    unknown = [option for option in options if option not in allowed]
-    if unknown:
-        raise ValueError(f"network {name} has no option {', '.join(unknown)}; allowed: {', '.join(allowed)}")
-    network = NETWORKS[name](**options)
+    parameters = inspect.signature(NETWORKS[name]).parameters.values()
+    check_options(f"network {name}", options, {parameter.name: parameter.default for parameter in parameters})
+    network = check_size(f"network {name}", lambda: NETWORKS[name](**options))
+    if torch.get_default_device().type != "meta":
+        network = NETWORKS[name](**options)
     network.recipe = (name, {key: list(value) if isinstance(value, tuple) else value
                              for key, value in options.items()})
     return network

@@ -1,33 +1,33 @@
-"""Weights on disk: released checkpoints recognised by their keys, own checkpoints, and the hash of weights.
-
-Nothing here can run code from a file: pickles are read with `weights_only=True`, and there is no way around it.
-"""
+"""Weights on disk: released checkpoints recognised by their keys, own checkpoints, and the hash of weights."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import pickle
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ens.atomic import write_atomic
 from ens.networks import create_network, dvmsr, mambacsr, mambair_unet, plksr, restormer
+from ens.networks.schema import Recipe, read_entries
 from ens.networks.steps import Network
+from ens.networks.weight_files import CheckpointError, read_weight_file
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 CHECKPOINT_FORMAT = "ens checkpoint 1"
-_WRAPPERS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
-_PREFIXES = ("module.", "netG.", "net.")
+_AVERAGED = ("params_ema", "ema", "model_ema", "state_dict_ema", "ema_model")
+_WRAPPERS = (*_AVERAGED, "params", "state_dict", "model_state_dict", "model", "net")
+# What frameworks put in front of a network's own keys: DataParallel and AveragedModel, torch.compile, Lightning, GANs.
+_PREFIXES = {"module", "_orig_mod", "model", "network", "net", "netG", "generator", *_AVERAGED}
+_log = logging.getLogger(__name__)
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 @dataclass(frozen=True)
@@ -64,49 +64,138 @@ _STRANGERS = {
 }
 
 
-class CheckpointError(ValueError):
-    """A file that does not hold usable weights; the message names the file and says what it is."""
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = Path(path)
-        self.reason = reason
-
-
 def load_checkpoint(path: str | Path) -> Network:
     """Open a released or own checkpoint (.safetensors, .pth, .pt, .ckpt) as the network it belongs to, in eval mode.
 
-    The network and its sizes are inferred from the keys; every key must fit. Raises CheckpointError saying what the
+    The network and its sizes are inferred from the keys; every key must fit. Where a file holds more than one set of
+    weights, averaged ones are taken, and a line of the log says which were. Raises CheckpointError saying what the
     file is instead.
     """
     path = Path(path)
-    metadata = read_metadata(path)
-    state = read_state(path)
+    metadata, content = read_weight_file(path)
     if metadata.get("format") == CHECKPOINT_FORMAT:
-        name, options = metadata["network"], json.loads(metadata["options"])
-    elif "format" in metadata and metadata["format"].startswith("ens "):
+        recipe, network = rebuild_network(path, Recipe, metadata)
+        weights = WeightSet("", "", dict(_tensors(content)))
+        check_hash(path, recipe, weights.state)
+    elif metadata.get("format", "").startswith("ens "):
         raise CheckpointError(path, f"is an {metadata['format']!r} file, not a checkpoint; open it with open_network")
     else:
-        name, options = sniff_network(path, state)
-    network = create_network(name, **options)
-    load_strictly(path, network, state)
+        name, weights = find_weights(path, content)
+        network = create_network(name, **_infer(path, name, weights.state))
+    lost = [row for row in (f"{spec.module}.{spec.depth}" for spec in network.slots) if row in weights.modules]
+    if lost:
+        raise CheckpointError(path, f"lacks the weights of {_first_ten(lost)}, which the network it was saved from had")
+    load_strictly(path, network, weights.state)
     return network.eval()
 
 
-def sniff_network(path: str | Path, state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """Name and constructor options of the network these weights belong to; raises CheckpointError."""
-    for name, sniffer in SNIFFERS.items():
-        if all(marker in state for marker in sniffer.markers):
-            try:
-                return name, sniffer.infer(state)
-            except (KeyError, ValueError) as error:
-                raise CheckpointError(path, f"looks like {name}, but its sizes do not fit together ({error})") from None
+def rebuild_network(path: str | Path, schema: type[AnyRecipe], metadata: Mapping[str, str]) -> tuple[
+        AnyRecipe, Network]:
+    """What the metadata of an own file say, and the network they describe, without its weights.
+
+    Raises CheckpointError.
+    """
+    try:
+        recipe = read_entries(schema, metadata)
+    except ValueError as error:
+        raise CheckpointError(path, f"is damaged: its metadata are wrong ({error}); take a sound copy") from None
+    try:
+        return recipe, create_network(recipe.network, **recipe.options)
+    except ValueError as error:
+        raise CheckpointError(path, f"describes a network that cannot be built ({error})") from None
+
+
+def check_hash(path: str | Path, recipe: Recipe, state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where these are not the weights the file was written with."""
+    if hash_weights(state) != recipe.weights_sha256:
+        raise CheckpointError(path, "holds weights other than those that were written (the hash differs); it is "
+                                    "damaged, take a sound copy")
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """Weights found in a file: the dictionary `place` they lie in, and the `prefix` their keys had there.
+
+    `modules` are the submodules of the network they were saved from, where the file tells.
+    """
+
+    place: str
+    prefix: str
+    state: dict[str, Tensor]
+    modules: frozenset[str] = frozenset()
+
+
+def find_weights(path: str | Path, content: object) -> tuple[str, WeightSet]:
+    """The name of the network whose weights a file holds, and the weights; raises CheckpointError."""
+    sets = list(_list_sets(content))
+    if not sets:
+        raise CheckpointError(path, f"holds a {type(content).__name__}, not a dictionary of weights"
+                              if not isinstance(content, Mapping) else
+                              f"holds no weights; its entries: {_first_ten(map(str, content))}")
+    for weights in sets:
+        for name, sniffer in SNIFFERS.items():
+            prefixes = _find_prefixes(weights.state, sniffer)
+            if prefixes:
+                return name, _take(path, sets, weights, prefixes[0])
+    raise CheckpointError(path, _describe_stranger(sets[0].state))
+
+
+def _tensors(content: object) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(content, Mapping):
+        yield from ((key, item) for key, item in content.items() if isinstance(key, str) and isinstance(item, Tensor))
+
+
+def _list_sets(content: object, place: str = "", depth: int = 3) -> Iterator[WeightSet]:
+    """Every dictionary of tensors in a file, the ones to prefer first; those without any tensor are left out."""
+    if not isinstance(content, Mapping) or not depth:
+        return
+    names = [name for name in content if isinstance(name, str)]
+    for name in sorted(names, key=lambda name: _WRAPPERS.index(name) if name in _WRAPPERS else len(_WRAPPERS)):
+        yield from _list_sets(content[name], f"{place}.{name}" if place else name, depth - 1)
+    state = dict(_tensors(content))
+    if state:
+        modules = getattr(content, "_metadata", {})  # torch's own, kept beside a state_dict
+        yield WeightSet(place, "", state, frozenset(map(str, modules)))
+
+
+def _find_prefixes(state: Mapping[str, Tensor], sniffer: Sniffer) -> list[str]:
+    """What stands in front of every marker of a network: "" or a few of `_PREFIXES`, averaged weights first."""
+    first = sniffer.markers[0]
+    prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
+    usual = [prefix for prefix in prefixes if set(prefix.split(".")[:-1]) <= _PREFIXES and prefix[-1:] in ("", ".")]
+    fitting = [prefix for prefix in usual if all(prefix + marker in state for marker in sniffer.markers)]
+    return sorted(fitting, key=lambda prefix: not any(part in _AVERAGED for part in prefix.split(".")))
+
+
+def _take(path: str | Path, sets: list[WeightSet], weights: WeightSet, prefix: str) -> WeightSet:
+    """The weights under a prefix; logs which they are where the file holds anything else."""
+    def own(names: Iterable[str]) -> list[str]:
+        return [name for name in names if name.startswith(prefix)]
+
+    state = {key.removeprefix(prefix): weights.state[key] for key in own(weights.state)}
+    others = [other.place or "the file itself" for other in sets if other is not weights and len(other.state) > 1]
+    beside = [key for key in weights.state if not key.startswith(prefix)]
+    left = [*others, *([f"{len(beside)} keys such as {beside[0]}"] if beside else [])]
+    if left:
+        where = ".".join(filter(None, (weights.place, prefix.rstrip(".")))) or "its top level"
+        _log.warning("%s: the weights under %s are taken; left out: %s", path, where, ", ".join(left))
+    return WeightSet(weights.place, prefix, state, frozenset(name.removeprefix(prefix) for name in
+                                                             own(weights.modules)))
+
+
+def _infer(path: str | Path, name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    try:
+        return SNIFFERS[name].infer(state)
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(path, f"looks like {name}, but its sizes do not fit together ({error})") from None
+
+
+def _describe_stranger(state: Mapping[str, Tensor]) -> str:
     guess = next((stranger for piece, stranger in _STRANGERS.items() if any(piece in key for key in state)), "")
     nearest = max(SNIFFERS, key=lambda name: sum(marker in state for marker in SNIFFERS[name].markers))
     missing = [marker for marker in SNIFFERS[nearest].markers if marker not in state]
-    raise CheckpointError(path, f"holds another network{f' (probably {guess})' if guess else ''}; known: "
-                                f"{', '.join(SNIFFERS)}. As {nearest} it has missing keys: {_first_ten(missing)}; "
-                                f"unexpected keys: {_first_ten(state)}")
+    return (f"holds another network{f' (probably {guess})' if guess else ''}; known: {', '.join(SNIFFERS)}. As "
+            f"{nearest} it has missing keys: {_first_ten(missing)}; unexpected keys: {_first_ten(state)}")
 
 
 def load_strictly(path: str | Path, network: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -115,108 +204,25 @@ def load_strictly(path: str | Path, network: nn.Module, state: Mapping[str, Tens
     missing, unexpected = [key for key in own if key not in state], [key for key in state if key not in own]
     shapes = [f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}" for key, value in state.items()
               if key in own and own[key].shape != value.shape]
-    if missing or unexpected or shapes:
-        parts = (("missing keys", missing), ("unexpected keys", unexpected), ("other shapes", shapes))
+    types = [f"{key} {value.dtype}" for key, value in state.items() if key in own and not _is_plain(value, own[key])]
+    parts = (("missing keys", missing), ("unexpected keys", unexpected), ("other shapes", shapes),
+             ("other types", types))
+    if any(keys for _, keys in parts):
         raise CheckpointError(path, "does not fit the network: " + "; ".join(
             f"{title}: {_first_ten(keys)}" for title, keys in parts if keys))
     network.load_state_dict(state)
+
+
+def _is_plain(value: Tensor, own: Tensor) -> bool:
+    """Whether values can be copied as they are: whole numbers would be taken for weights, sparse ones not at all."""
+    return (value.layout == torch.strided and not value.is_quantized and not value.is_meta
+            and value.is_floating_point() == own.is_floating_point() and not value.is_complex())
 
 
 def _first_ten(keys: Iterable[str]) -> str:
     names = list(keys)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return (", ".join(names[:10]) or "none") + more
-
-
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Weights of a checkpoint file by key: wrapper dictionaries opened (EMA first), prefixes stripped.
-
-    Raises CheckpointError for anything that is not a file of weights.
-    """
-    path = Path(path)
-    _check_suffix(path)
-    reject_impostors(path)
-    state = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _unwrap(path, _read_pickle(path))
-    for _ in _PREFIXES:
-        for prefix in _PREFIXES:
-            if state and all(key.startswith(prefix) for key in state):
-                state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def _check_suffix(path: Path) -> None:
-    if path.suffix.lower() not in SUFFIXES:
-        raise CheckpointError(path, f"has the suffix {path.suffix!r}; checkpoints have one of {', '.join(SUFFIXES)}")
-
-
-def reject_impostors(path: Path) -> None:
-    """Raise CheckpointError for what is no file, empty, a git-lfs pointer or a web page, whatever its suffix."""
-    if not path.is_file():
-        raise CheckpointError(path, "does not exist" if not path.exists() else "is not a file")
-    with path.open("rb") as file:
-        head = file.read(512).lstrip()
-    if not head:
-        raise CheckpointError(path, "is empty")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(path, "is a git-lfs pointer, not the weights; fetch them with `git lfs pull`")
-    if head[:14].lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
-        raise CheckpointError(path, "is a web page, not weights; the link led to a page, fetch the file itself")
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(path, f"is truncated, or is not a safetensors file ({error})") from None
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """Metadata of a safetensors file, {} for other checkpoints; raises CheckpointError for a damaged one."""
-    path = Path(path)
-    _check_suffix(path)
-    reject_impostors(path)
-    if path.suffix.lower() != ".safetensors":
-        return {}
-    try:
-        with safe_open(path, "pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise CheckpointError(path, f"is truncated, or is not a safetensors file ({error})") from None
-
-
-def _read_pickle(path: Path) -> object:
-    with path.open("rb") as file:
-        is_archive = file.read(4) == b"PK\x03\x04"
-    if is_archive:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-        except zipfile.BadZipFile:
-            raise CheckpointError(path, "is truncated (its archive has no end); download or copy it again") from None
-        if any(name.endswith("constants.pkl") for name in names):
-            raise CheckpointError(path, "is a TorchScript program, not weights; use the state_dict it was made from")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "truncated" in str(error):
-            raise CheckpointError(path, "is truncated; download or copy it again") from None
-        raise CheckpointError(path, "holds Python objects beside weights, or is no checkpoint at all; it is not opened "
-                                    "because that could run code. Ask for weights alone, best as safetensors") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(path, f"is truncated or damaged ({reason})") from None
-
-
-def _unwrap(path: Path, content: object) -> dict[str, Tensor]:
-    if isinstance(content, Mapping):
-        for wrapper in _WRAPPERS:
-            if isinstance(content.get(wrapper), Mapping):
-                return _unwrap(path, content[wrapper])
-        state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-        if state:
-            return state
-        raise CheckpointError(path, f"holds no weights; its entries: {_first_ten(map(str, content))}")
-    raise CheckpointError(path, f"holds a {type(content).__name__}, not a dictionary of weights")
 
 
 def hash_weights(weights: nn.Module | Mapping[str, Tensor]) -> str:

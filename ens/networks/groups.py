@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ens.blocks.norm import MapNorm
-from ens.networks.steps import Step
+from ens.networks.steps import Step, count_row
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 """Mean colour of DIV2K, as the released networks subtract it."""
@@ -56,7 +56,5 @@ def group_steps(prefix: str, *, save: str = "") -> tuple[Step, ...]:
 
 
 def count_blocks(keys: list[str], prefix: str) -> tuple[int, ...]:
-    """Number of blocks of each group under `prefix`, from the keys of a `state_dict`."""
-    found = {(int(parts[1]), int(parts[4])) for parts in (key.split(".") for key in keys)
-             if parts[0] == prefix and parts[2] == "residual_group"}
-    return tuple(sum(group == g for group, _ in found) for g in sorted({group for group, _ in found}))
+    """Number of blocks of each group under `prefix`, from the keys of a `state_dict`; ValueError names a gap."""
+    return tuple(count_row(keys, f"{prefix}.{group}.residual_group.blocks") for group in range(count_row(keys, prefix)))

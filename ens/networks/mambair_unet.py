@@ -8,7 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ens.blocks.mambair import MambaIRBlock
-from ens.networks.restormer import LEVELS, STAGES, WIDTHS, PatchEmbed, add_unet_resizes, unet_steps
+from ens.networks.restormer import (
+    LEVELS,
+    STAGES,
+    WIDTHS,
+    PatchEmbed,
+    add_unet_resizes,
+    count_unet_blocks,
+    unet_steps,
+)
 from ens.networks.steps import Network, SlotSpec
 
 
@@ -44,7 +52,7 @@ class MambaIRUNet(Network):
 def infer_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Constructor options of a released MambaIR-UNet from its `state_dict`; KeyError or ValueError where none fit."""
     dim, in_channels = state["patch_embed.proj.weight"].shape[:2]
-    depths = [len({key.split(".")[1] for key in state if key.startswith(f"{stage}.")}) for stage in STAGES]
+    depths = count_unet_blocks(state)
     inner, d_state = state["encoder_level1.0.self_attention.A_logs"].shape
     return {"in_channels": in_channels, "out_channels": state["output.weight"].shape[0], "dim": dim,
             "num_blocks": tuple(depths[:4]), "num_refinement_blocks": depths[7], "mlp_ratio": inner / 4 / dim,

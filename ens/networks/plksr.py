@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ens.blocks.plk import MIXERS, PLKBlock
-from ens.networks.steps import Network, SlotSpec, Step
+from ens.networks.steps import Network, SlotSpec, Step, count_row
 
 
 class RepeatChannels(nn.Module):
@@ -62,7 +62,7 @@ class PLKSR(Network):
 
 def infer_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Constructor options of a released PLKSR from its `state_dict`; KeyError or ValueError where none fit."""
-    n_blocks = max(int(key.split(".")[1]) for key in state if key.startswith("feats.")) - 1
+    n_blocks = count_row(state, "feats") - 2
     dim = state["feats.0.weight"].shape[0]
     large, _, kernel_size, _ = state["feats.1.lk.conv.weight"].shape
     kernels = (state["feats.1.channe_mixer.0.weight"].shape[-1], state["feats.1.channe_mixer.2.weight"].shape[-1])

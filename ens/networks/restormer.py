@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ens.blocks.restormer import RestormerBlock
-from ens.networks.steps import Network, SlotSpec, Step
+from ens.networks.steps import Network, SlotSpec, Step, count_row
 
 
 class _Body(nn.Module):
@@ -111,10 +111,19 @@ def add_unet_resizes(network: nn.Module, *, dim: int, bias: bool) -> None:
     network.reduce_chan_level2 = nn.Conv2d(4 * dim, 2 * dim, 1, bias=bias)
 
 
+def count_unet_blocks(state: Mapping[str, Tensor]) -> list[int]:
+    """Blocks of each stage; ValueError where one is missing, or where a decoder stage is no mirror of its encoder's."""
+    depths = [count_row(state, stage) for stage in STAGES]
+    for down, up in ((0, 6), (1, 5), (2, 4)):
+        if depths[down] != depths[up]:
+            raise ValueError(f"{STAGES[down]} has {depths[down]} blocks, {STAGES[up]} has {depths[up]}")
+    return depths
+
+
 def infer_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Constructor options of a released Restormer from its `state_dict`; KeyError or ValueError where none fit."""
     dim, in_channels = state["patch_embed.proj.weight"].shape[:2]
-    depths = [len({key.split(".")[1] for key in state if key.startswith(f"{stage}.")}) for stage in STAGES]
+    depths = count_unet_blocks(state)
     heads = [state[f"{stage}.0.attn.temperature"].shape[0] for stage in STAGES[:4]]
     hidden = {dim * width: state[f"{stage}.0.ffn.project_out.weight"].shape[1]
               for stage, width in zip(STAGES, WIDTHS, strict=True)}

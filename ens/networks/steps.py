@@ -5,7 +5,8 @@ Shapes: image (B, C_in, H, W) in [0, 1]; every step maps a state to a state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ens.blocks import create_stack
+from ens.blocks.bounds import MAX_DEPTH
 from ens.space import Choice
 
 State = dict[str, Tensor]
@@ -148,8 +150,15 @@ def block_slots(stages: Sequence[SlotSpec]) -> list[SlotSpec]:
             for stage in stages for i in range(stage.depth)]
 
 
-MAX_DEPTH = 256
-"""Blocks of one choice: far above any published stage, far below what would fill a memory."""
+def count_row(keys: Iterable[str], row: str) -> int:
+    """How many submodules `row.0`, `row.1` … the keys of a `state_dict` name; ValueError names the first of a gap."""
+    start = row.count(".") + 1
+    numbers = {int(part) for part in (key.split(".")[start] for key in keys if key.startswith(f"{row}."))
+               if part.isdecimal()}
+    if max(numbers, default=-1) >= len(numbers):
+        missing = next(index for index in itertools.count() if index not in numbers)
+        raise ValueError(f"{row}.{missing} is missing, {row}.{max(numbers)} is there")
+    return len(numbers)
 
 
 def check_depth(slot: str, choice: Choice) -> None:

@@ -26,7 +26,7 @@ from ens.ops.native import (
     scan_forward,
     why_no_kernels,
 )
-from ens.ops.scan_order import invert_order
+from ens.ops.scan_order import invert_order, reorder, to_indices
 
 HAS_KERNEL = load_kernels() is not None
 
@@ -160,11 +160,11 @@ def _scan_with(scan: Callable[..., tuple[Tensor, Tensor]], inputs: ScanInputs) -
     if order is None:
         y, last = scan(grouped, steps, A, B, C)
     else:
-        back = [invert_order(row) for row in order]  # first, because it refuses what is no permutation
-        index = order.long()
-        ordered = [torch.stack([m[:, g][..., index[g]] for g in range(groups)], 1) for m in (grouped, steps, B, C)]
+        back = invert_order(order)  # first, because it refuses what is no permutation
+        index = to_indices(order)
+        ordered = [reorder(m, index) for m in (grouped, steps, B, C)]
         y, last = scan(ordered[0], ordered[1], A, ordered[2], ordered[3])
-        y = torch.stack([y[:, g][..., back[g]] for g in range(groups)], 1)
+        y = reorder(y, back)
     if D is not None:
         y = y + grouped * D.view(groups, -1, 1)
     y = y.sum(1) if summed else y.flatten(1, 2)

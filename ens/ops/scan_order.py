@@ -48,7 +48,7 @@ def to_indices(order: Tensor) -> Tensor:
     """The order as int64, which PyTorch indexes with; raises ValueError where it does not hold integers."""
     if order.ndim == 0 or order.dtype not in _INTEGERS:
         raise ValueError(f"an order holds integers, L a row, got {order.dtype} of shape {tuple(order.shape)}")
-    return order.long()
+    return order if order.dtype == torch.int64 else order.long()
 
 
 def check_order(order: Tensor) -> None:
@@ -70,14 +70,19 @@ def check_order(order: Tensor) -> None:
 
 
 def invert_order(order: Tensor) -> Tensor:
-    """The int64 permutation that undoes `order`: `x[..., order][..., invert_order(order)]` is x.
+    """The int64 permutations that undo those in the rows of `order` (…, L): `x[..., row][..., inverse]` is x.
 
     Raises ValueError for what is no permutation.
     """
     check_order(order)
-    inverse = torch.empty(order.shape, dtype=torch.int64, device=order.device)
-    inverse[to_indices(order)] = torch.arange(order.numel(), device=order.device)
-    return inverse
+    index = to_indices(order)
+    steps = torch.arange(order.shape[-1], device=order.device).expand_as(index)
+    return torch.empty_like(index).scatter_(-1, index, steps)
+
+
+def reorder(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, G, D, L) with the tokens of each group g in the order of row g of `order`, int64 (G, L)."""
+    return x.gather(-1, order[:, None].expand_as(x))
 
 
 def window_order(height: int, width: int, window: int, *, vertical: bool = False) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ens.ops.checks import check_real
 from ens.ops.native import ScanInputs, load_kernels, why_no_kernels
 from ens.ops.scan_op import scan_chunked, scan_for_export, scan_op, uses_kernel
-from ens.ops.scan_order import invert_order
+from ens.ops.scan_order import invert_order, reorder, to_indices
 
 
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
@@ -51,13 +51,13 @@ def selective_scan_directions(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C:
     given = _check(u, delta, A, B, C, D, None, delta_bias, directions=groups)
     if cuda_scan(u) is None:
         return _run(given, delta_softplus=True, order=order, merge=merge)[0]
-    back = [invert_order(index) for index in order]  # first, because it refuses what is no permutation
-    ordered = [torch.stack([m[:, g][..., index] for g, index in enumerate(order.long())], 1) for m in
+    back = invert_order(order)  # first, because it refuses what is no permutation
+    index = to_indices(order)
+    ordered = [reorder(m, index) for m in
                (u[:, None].expand(-1, groups, -1, -1), delta.unflatten(1, (groups, -1)), B, C)]
     y, _ = _run(_Inputs(ordered[0].flatten(1, 2), ordered[1].flatten(1, 2), A, ordered[2], ordered[3], D, None,
                         delta_bias), delta_softplus=True)
-    parts = y.unflatten(1, (groups, -1))
-    parts = torch.stack([parts[:, g][..., index] for g, index in enumerate(back)], 1)
+    parts = reorder(y.unflatten(1, (groups, -1)), back)
     return parts.sum(1) if merge else parts.flatten(1, 2)
 
 
@@ -126,7 +126,8 @@ def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor 
 
 def _to_state_dtype(given: _Inputs) -> _Inputs:
     dtype = torch.promote_types(given.u.dtype, torch.float32)
-    return _Inputs(*(None if m is None else m.to(dtype) for m in given))  # type: ignore[arg-type]
+    # A cast that changes nothing is still a node of an exported graph.
+    return _Inputs(*(m if m is None or m.dtype == dtype else m.to(dtype) for m in given))  # type: ignore[arg-type]
 
 
 def _run(given: _Inputs, *, delta_softplus: bool, order: Tensor | None = None,
@@ -144,7 +145,7 @@ def _run(given: _Inputs, *, delta_softplus: bool, order: Tensor | None = None,
     else:
         keep = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in given)
         y, last, _ = scan_op(*inputs, keep)
-    return y.to(given.u.dtype), last
+    return y if y.dtype == given.u.dtype else y.to(given.u.dtype), last
 
 
 def cuda_scan(u: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:

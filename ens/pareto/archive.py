@@ -11,21 +11,20 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import socket
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import optuna
 import sqlalchemy
-from filelock import FileLock, Timeout
-from optuna.exceptions import StorageInternalError
+from filelock import FileLock
 
 from ens.pareto.baseline import REPORT_KEYS, Baseline, Tuned
 from ens.pareto.records import (
+    check_manifest,
     from_baseline,
     from_stored,
     read_genotype,
@@ -33,9 +32,21 @@ from ens.pareto.records import (
     read_tuned,
     space_manifest,
     to_baseline,
+    to_json,
     to_trial,
 )
+from ens.pareto.storage import (
+    ArchiveDamaged,
+    ArchiveLocked,
+    acquire_lock,
+    holds_study_tables,
+    printed_storage,
+    reason_of,
+    sqlite_path,
+    storage_url,
+)
 from ens.pareto.trials import Trials
+from ens.shortage import is_shortage
 from ens.space import Genotype, Measurement, SearchSpace, format_genotype
 
 # Optuna logs every new study at INFO to stderr, where progress bars live.
@@ -51,14 +62,11 @@ class ArchiveMismatch(ValueError):
     """The archive was recorded with another configuration than the one it is opened with."""
 
 
-class ArchiveLocked(RuntimeError):
-    """Another process is writing to the archive."""
-
-
 class Archive:
     """Measurements of one run in the order of recording; made by open_archive (writing) or read_archive.
 
-    It shows what was there when it was opened and what it recorded itself.
+    It shows what was there when it was opened and what it recorded itself. `marked` are the genotypes that
+    `mark_invalid` took off the front, with the reason.
     """
 
     def __init__(self, attributes: Mapping[str, Any], trials: Trials, *, lock: FileLock | None,
@@ -71,18 +79,19 @@ class Archive:
         self._tuned = read_tuned({key.removeprefix(_TUNED): stored for key, stored in attributes.items()
                                    if key.startswith(_TUNED)})
         self._known: dict[Genotype, Measurement] = {}
+        space = self.space
         for state, stored in trials.read():
             # Two machines that share a database may both have measured a genotype: the first trial counts.
             if "genotype" in stored:
-                measurement = from_stored(state, stored)
+                measurement = from_stored(state, stored, space=space, objectives=self.objectives)
                 self._known.setdefault(measurement.genotype, measurement)
         for genotype, results in self._tuned.items():
             if genotype in self._known:
                 self._known[genotype] = dataclasses.replace(self._known[genotype], psnr_db_tuned=results[0].psnr_db)
-        for key, reason in attributes.items():
-            genotype = read_genotype(key.removeprefix(_UNUSABLE)) if key.startswith(_UNUSABLE) else ()
-            if genotype in self._known:
-                self._known[genotype] = dataclasses.replace(self._known[genotype], valid=False, note=reason)
+        self.marked = {read_genotype(key.removeprefix(_UNUSABLE)): str(reason) for key, reason in attributes.items()
+                       if key.startswith(_UNUSABLE) and reason}
+        for genotype in self.marked.keys() & self._known.keys():
+            self._known[genotype] = dataclasses.replace(self._known[genotype], valid=False, note=self.marked[genotype])
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -148,7 +157,7 @@ class Archive:
             self._trials.insert(trial)
         except sqlalchemy.exc.SQLAlchemyError as error:
             raise OSError(f"measurement {format_genotype(measurement.genotype)} could not be stored: "
-                          f"{_reason(error)}") from error
+                          f"{reason_of(error)}") from error
         self._known[measurement.genotype] = measurement
 
     def close(self) -> None:
@@ -174,29 +183,31 @@ def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequenc
     else must be the same when a run is resumed (seed, engine, protocol, hashes); objectives and space are added here.
     `baseline` is kept as it is given first and not compared: its floats differ between numbers of threads. A database
     server takes any number of writers. Raises ArchiveMismatch naming the differences, ArchiveLocked naming the process
-    that writes to the same SQLite file, ValueError for a file that is no archive.
+    that writes to the same SQLite file, ArchiveDamaged for a file that is no archive.
     """
     stored = json.loads(json.dumps({**manifest, "objectives": list(objectives), **space_manifest(space)}))
-    path = _sqlite_path(storage)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path = sqlite_path(storage)
     lock = None if path is None else acquire_lock(path)
     try:
-        study, trials = _load(storage, name=name, num_objectives=len(objectives))
-        found = study.user_attrs.get(_MANIFEST)
+        with _named(storage):
+            if path is not None and path.is_file():
+                holds_study_tables(path)  # raises for a database of something else
+            study, trials = _load(storage, name=name, num_objectives=len(objectives))
+            found = study.user_attrs.get(_MANIFEST)
         if found is None:
             if len(trials):
-                raise ArchiveMismatch(f"study {name!r} in {_printed(storage)} was not recorded by ens")
+                raise ArchiveMismatch(f"study {name!r} in {printed_storage(storage)} was not recorded by ens")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names(list(objectives))
             study.set_user_attr(_MANIFEST, stored)
         elif found != stored:
-            raise ArchiveMismatch(f"{_printed(storage)} was recorded with another configuration: "
+            raise ArchiveMismatch(f"{printed_storage(storage)} was recorded with another configuration: "
                                   f"{'; '.join(_differences(found, stored))}")
         if baseline is not None and _BASELINE not in study.user_attrs:
             study.set_user_attr(_BASELINE, to_baseline(baseline))
-        return Archive(study.user_attrs, trials, lock=lock, writable=True)
+        with _named(storage):
+            return Archive(study.user_attrs, trials, lock=lock, writable=True)
     except BaseException:
         if lock is not None:
             lock.release()
@@ -206,19 +217,25 @@ def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequenc
 def read_archive(storage: str | Path, *, name: str = "ens") -> Archive:
     """Open an archive for reading, also while a search writes to it.
 
-    Raises FileNotFoundError where there is no file or study, ValueError for a file that is no archive of ens.
+    Raises FileNotFoundError where there is no file or study, ArchiveDamaged for a file that is no archive of ens.
+    Nothing is written, whatever the file holds.
     """
-    study, trials = _load_recorded(storage, name)
-    try:
-        return Archive(study.user_attrs, trials, lock=None, writable=False)
-    finally:
-        trials.close()
+    with _named(storage):
+        study, trials = _load_recorded(storage, name)
+        try:
+            return Archive(study.user_attrs, trials, lock=None, writable=False)
+        finally:
+            trials.close()
 
 
 def mark_invalid(storage: str | Path, genotype: Genotype, reason: str, *, name: str = "ens") -> None:
-    """Take a genotype off the front for good, for instance because its hybrid cannot be exported; it stays visible."""
-    study, trials = _load_recorded(storage, name)
-    trials.close()
+    """Take a genotype off the front, for instance because its hybrid cannot be exported; it stays visible.
+
+    An empty reason puts it back.
+    """
+    with _named(storage):
+        study, trials = _load_recorded(storage, name)
+        trials.close()
     read_space(study.user_attrs[_MANIFEST]).check(genotype)
     study.set_user_attr(_UNUSABLE + format_genotype(genotype), reason)
 
@@ -229,35 +246,34 @@ def record_tuned(storage: str | Path, genotype: Genotype, *, recipe: str, psnr_d
 
     `psnr_db` is the PSNR of every validation image, `report` the mean PSNR on images that chose nothing, in dB, by
     `input`, `before`, `after` and `teacher` (or empty). The same recipe again replaces its earlier result. Raises
-    ValueError for numbers that are not finite, other keys, or a genotype that the space does not have.
+    ValueError for PSNRs that are NaN or −infinite, other keys, or a genotype that the space does not have.
     """
-    if not psnr_db or not all(map(math.isfinite, (*psnr_db, *report.values()))):
+    if not psnr_db or any(math.isnan(value) or value == -math.inf for value in (*psnr_db, *report.values())):
         raise ValueError(f"a fine-tuned result needs finite PSNRs, got {list(psnr_db)} and {dict(report)}")
     if unknown := [key for key in report if key not in REPORT_KEYS]:
         raise ValueError(f"the report images have no {unknown[0]!r}; they have {', '.join(REPORT_KEYS)}")
-    study, trials = _load_recorded(storage, name)
-    trials.close()
+    with _named(storage):
+        study, trials = _load_recorded(storage, name)
+        trials.close()
     read_space(study.user_attrs[_MANIFEST]).check(genotype)
     study.set_user_attr(f"{_TUNED}{format_genotype(genotype)}:{recipe}",
-                        {"psnr_db": [float(value) for value in psnr_db],
-                         "report": {key: float(value) for key, value in report.items()}})
+                        {"psnr_db": to_json(psnr_db),
+                         "report": dict(zip(report, to_json(report.values()), strict=True))})
 
 
-def storage_url(storage: str | Path) -> str:
-    """SQLAlchemy URL of a storage: every character of a file path means itself, a URL stays what it is.
-
-    Raises ValueError for a path longer than SQLite takes.
-    """
-    path = _sqlite_path(storage)
-    if path is None:
-        return str(storage)
-    if len(os.fsencode(path)) > _LONGEST_PATH:
-        raise ValueError(f"SQLite takes paths of {_LONGEST_PATH} bytes at most; {path} has {len(os.fsencode(path))}")
-    return sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
-
-
-# SQLite's MAX_PATHNAME on Unix is 512 with the closing zero; its journal's name is 8 longer than the file's.
-_LONGEST_PATH = 503
+@contextmanager
+def _named(storage: str | Path) -> Iterator[None]:
+    """Whatever a damaged or foreign database makes of Optuna, SQLAlchemy and the schemas, said in one way."""
+    try:
+        yield
+    except (FileNotFoundError, ArchiveMismatch, ArchiveLocked, ArchiveDamaged):
+        raise
+    except Exception as error:
+        if is_shortage(error):
+            raise
+        if "database is locked" in str(error):
+            raise ArchiveLocked(f"{printed_storage(storage)} is being written by another process; wait") from None
+        raise ArchiveDamaged(storage, reason_of(error)) from error
 
 
 def _load(storage: str | Path, *, name: str, num_objectives: int | None) -> tuple[optuna.Study, Trials]:
@@ -271,55 +287,29 @@ def _load(storage: str | Path, *, name: str, num_objectives: int | None) -> tupl
         else:
             study = optuna.create_study(study_name=name, storage=url, load_if_exists=True,
                                         directions=["minimize"] * num_objectives)
-        return study, Trials(url, name=name)
     except KeyError:
-        raise FileNotFoundError(f"{_printed(storage)} holds no study named {name!r}") from None
-    except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
-        raise ValueError(f"{_printed(storage)} cannot be opened as an archive: {_reason(error)}") from error
+        raise FileNotFoundError(f"{printed_storage(storage)} holds no study named {name!r}") from None
+    return study, Trials(url, name=name)
 
 
 def _load_recorded(storage: str | Path, name: str) -> tuple[optuna.Study, Trials]:
-    """A study that open_archive made; raises FileNotFoundError or ValueError for anything else."""
-    path = _sqlite_path(storage)
+    """A study that open_archive made; raises FileNotFoundError where nothing was recorded, ValueError for another."""
+    path = sqlite_path(storage)
     if path is not None and not path.is_file():
         raise FileNotFoundError(f"there is no archive at {path}")
+    if path is not None and not holds_study_tables(path):  # Optuna would make them
+        raise FileNotFoundError(f"{path} is empty: nothing was recorded in it yet; `ens search` goes on with it")
     study, trials = _load(storage, name=name, num_objectives=None)
     manifest = study.user_attrs.get(_MANIFEST)
+    if manifest is None and not len(trials):
+        raise FileNotFoundError(f"{printed_storage(storage)} holds nothing yet; `ens search` goes on with it")
     if manifest is None:
-        raise ValueError(f"study {name!r} in {_printed(storage)} was not recorded by ens")
-    if "space" not in manifest:
-        raise ValueError(f"{_printed(storage)} was recorded by an older version of ens, which priced transformers "
-                         "otherwise; search again in another run folder")
+        raise ArchiveMismatch(f"study {name!r} in {printed_storage(storage)} was not recorded by ens")
+    if isinstance(manifest, dict) and "space" not in manifest:
+        raise ArchiveMismatch(f"{printed_storage(storage)} was recorded by an older version of ens, which priced "
+                              "transformers otherwise; search again in another run folder")
+    check_manifest(manifest)
     return study, trials
-
-
-def _sqlite_path(storage: str | Path) -> Path | None:
-    """File behind a path or a SQLite URL; None for a database server. Raises ValueError for a SQLite URL of no file."""
-    if isinstance(storage, Path) or "://" not in storage:
-        return Path(storage).absolute()
-    url = sqlalchemy.make_url(storage)
-    if url.get_backend_name() != "sqlite":
-        return None
-    if not url.database:
-        raise ValueError(f"{storage} names no file; write for instance sqlite:///runs/archive.db")
-    return Path(url.database).absolute()
-
-
-def acquire_lock(path: Path) -> FileLock:
-    """Lock beside a file or folder, held until released or death of the process; its text says who holds it.
-
-    Raises ArchiveLocked, naming the holder, where another process has it.
-    """
-    lock_path = path.with_name(path.name + ".lock")
-    lock_path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(lock_path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        holder = lock_path.read_text(encoding="utf-8").strip() or "another process"
-        raise ArchiveLocked(f"{path} is being written by {holder}; wait for it or stop it") from None
-    lock_path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-    return lock
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -333,15 +323,3 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
             clauses.append(f"{prefix}{key} was {json.dumps(old, ensure_ascii=False)}, "
                            f"is now {json.dumps(new, ensure_ascii=False)}")
     return clauses
-
-
-def _printed(storage: str | Path) -> str:
-    """The storage as it may be printed: a database URL without its password."""
-    path = _sqlite_path(storage)
-    return sqlalchemy.make_url(str(storage)).render_as_string(hide_password=True) if path is None else str(path)
-
-
-def _reason(error: BaseException) -> str:
-    """Last line that the database itself said."""
-    cause = error.__cause__ or error
-    return str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]

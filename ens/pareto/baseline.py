@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from ens.objectives import count_perfect, mean_psnr_db, psnr_drop_db
 
 
 @dataclass(frozen=True)
@@ -22,17 +24,41 @@ class Baseline:
     @property
     def teacher_mean_db(self) -> float:
         """Mean PSNR of the teacher, dB."""
-        return statistics.fmean(self.teacher_psnr_db)
+        return mean_psnr_db(self.teacher_psnr_db)
 
     @property
     def input_mean_db(self) -> float | None:
         """Mean PSNR of the degraded input, dB; None where it has none."""
-        return statistics.fmean(self.input_psnr_db) if self.input_psnr_db else None
+        return mean_psnr_db(self.input_psnr_db) if self.input_psnr_db else None
 
     @property
     def input_drop_db(self) -> float | None:
         """PSNR drop of leaving the input as it is, dB; None where it has none."""
-        return None if self.input_mean_db is None else self.teacher_mean_db - self.input_mean_db
+        if not self.input_psnr_db:
+            return None
+        return psnr_drop_db(teacher_psnr_db=self.teacher_psnr_db, psnr_db=self.input_psnr_db)
+
+    @property
+    def left_out(self) -> str:
+        """A sentence on the images that means leave out because they are perfect; "" where there are none."""
+        count = count_perfect(self.teacher_psnr_db, self.input_psnr_db)
+        return (f"{count} of {len(self.teacher_psnr_db)} validation images are left out of means: the teacher's output "
+                "or the degraded input equals the target.") if count else ""
+
+    def check(self) -> None:
+        """Raises ValueError where nothing can be measured against this teacher: before a budget is spent on it."""
+        broken = sum(math.isnan(value) or value == -math.inf for value in self.teacher_psnr_db)
+        if broken:
+            raise ValueError(f"the teacher's PSNR is no number on {broken} of {len(self.teacher_psnr_db)} validation "
+                             "images: its weights hold NaN or overflow. Give another teacher, or train it with a lower "
+                             "learning rate (train.lr)")
+        if self.teacher_mean_db == math.inf:
+            raise ValueError(f"the teacher restores all {len(self.teacher_psnr_db)} validation images perfectly, so "
+                             "nothing can be measured on them. Are degraded and clean images the same files?")
+        if self.input_drop_db is not None and not self.input_drop_db > 0:
+            raise ValueError(f"the teacher restores the validation images to {self.teacher_mean_db:.2f} dB, the "
+                             f"degraded input has {self.input_mean_db:.2f} dB: there is nothing to imitate. Train it "
+                             "longer (train.steps), or give another")
 
 
 REPORT_KEYS = ("input", "before", "after", "teacher")
@@ -52,4 +78,4 @@ class Tuned:
     @property
     def mean_db(self) -> float:
         """Mean PSNR over the validation images, dB: what the best recipe is chosen by."""
-        return statistics.fmean(self.psnr_db)
+        return mean_psnr_db(self.psnr_db)

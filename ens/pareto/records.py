@@ -10,9 +10,73 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from ens.pareto.baseline import Baseline, Tuned
-from ens.space import Genotype, Measurement, SearchSpace, Slot, format_genotype, parse_choice
+from ens.objectives import find_objectives
+from ens.pareto.baseline import REPORT_KEYS, Baseline, Tuned
+from ens.space import Genotype, Measurement, SearchSpace, Slot, format_genotype, parse_choice, parse_genotype
+
+
+class _Record(BaseModel):
+    """A JSON value of an archive, checked when it is read: NaN and infinities are text there."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Penalty(_Record):
+    teacher: float
+    per_block: float
+    transformers: tuple[str, ...]
+
+
+class _Manifest(_Record):
+    space: str
+    slot_order: tuple[str, ...]
+    slots: dict[str, tuple[str, ...]]
+    penalty: _Penalty
+    objectives: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _check_names(self) -> _Manifest:
+        find_objectives(self.objectives)
+        if sorted(self.slot_order) != sorted(self.slots) or not self.slots:
+            raise ValueError("slots and slot_order name different slots")
+        self.to_space()
+        return self
+
+    def to_space(self) -> SearchSpace:
+        slots = []
+        for name in self.slot_order:
+            own, *others = map(parse_choice, self.slots[name])
+            slots.append(Slot(name, (dataclasses.replace(own, teacher=True), *others)))
+        return SearchSpace(self.space, tuple(slots), self.penalty.teacher, self.penalty.per_block,
+                           self.penalty.transformers)
+
+
+class _Measured(_Record):
+    genotype: str
+    values: dict[str, float]
+    psnr_db: tuple[float, ...]
+    note: str
+
+
+class _Baseline(_Record):
+    teacher_psnr_db: tuple[float, ...]
+    input_psnr_db: tuple[float, ...]
+    values: dict[str, float]
+
+
+class _Tuned(_Record):
+    psnr_db: tuple[float, ...]
+    report: dict[str, float]
+
+
+def check_manifest(manifest: object) -> None:
+    """Raises ValueError, with key and reason, for what is not the manifest of an archive."""
+    try:
+        _Manifest.model_validate(manifest)
+    except (ValidationError, ValueError, IndexError) as error:
+        raise ValueError(f"its manifest is damaged ({explain(error)})") from None
 
 
 def space_manifest(space: SearchSpace) -> dict[str, Any]:
@@ -25,13 +89,7 @@ def space_manifest(space: SearchSpace) -> dict[str, Any]:
 
 def read_space(manifest: Mapping[str, Any]) -> SearchSpace:
     """Inverse of space_manifest."""
-    slots = []
-    for name in manifest["slot_order"]:
-        own, *others = map(parse_choice, manifest["slots"][name])
-        slots.append(Slot(name, (dataclasses.replace(own, teacher=True), *others)))
-    penalty = manifest["penalty"]
-    return SearchSpace(manifest["space"], tuple(slots), penalty["teacher"], penalty["per_block"],
-                       tuple(penalty["transformers"]))
+    return _Manifest.model_validate(manifest).to_space()
 
 
 def to_trial(measurement: Measurement, *, slots: Mapping[str, Sequence[str]], objectives: Sequence[str],
@@ -50,16 +108,22 @@ def to_trial(measurement: Measurement, *, slots: Mapping[str, Sequence[str]], ob
         state=TrialState.COMPLETE if measurement.valid else TrialState.FAIL,
         values=values if measurement.valid else None, params=labels, distributions=distributions,
         user_attrs={"genotype": format_genotype(measurement.genotype), "engine": engine, "note": measurement.note,
-                    "psnr_db": _to_json(measurement.psnr_db),
-                    "values": dict(zip(measurement.values, _to_json(measurement.values.values()), strict=True))})
+                    "psnr_db": to_json(measurement.psnr_db),
+                    "values": dict(zip(measurement.values, to_json(measurement.values.values()), strict=True))})
 
 
-def from_stored(state: TrialState, stored: Mapping[str, Any]) -> Measurement:
-    """The measurement behind a trial's state and attributes."""
-    return Measurement(genotype=read_genotype(stored["genotype"]),
-                       values={name: float(value) for name, value in stored["values"].items()},
-                       psnr_db=tuple(float(value) for value in stored["psnr_db"]),
-                       valid=state == TrialState.COMPLETE, note=stored["note"])
+def from_stored(state: TrialState, stored: Mapping[str, Any], *, space: SearchSpace,
+                objectives: Sequence[str]) -> Measurement:
+    """The measurement behind a trial's state and attributes; raises ValueError for what none can have."""
+    try:
+        read = _Measured.model_validate(stored)
+        found = Measurement(parse_genotype(read.genotype, space), read.values, read.psnr_db,
+                            state == TrialState.COMPLETE, read.note)
+        if found.valid and not all(math.isfinite(found.values.get(name, math.nan)) for name in objectives):
+            raise ValueError(f"{', '.join(objectives)} are not all there")
+    except ValueError as error:
+        raise ValueError(f"a measurement is damaged ({explain(error)})") from None
+    return found
 
 
 def read_genotype(text: str) -> Genotype:
@@ -72,23 +136,40 @@ def read_tuned(stored: Mapping[str, Any]) -> dict[Genotype, tuple[Tuned, ...]]:
     found: dict[Genotype, list[Tuned]] = {}
     for key, result in stored.items():
         genotype, _, recipe = key.partition(":")
-        found.setdefault(read_genotype(genotype), []).append(Tuned(recipe, tuple(result["psnr_db"]), result["report"]))
+        try:
+            read = _Tuned.model_validate(result)
+            report = {name: read.report[name] for name in REPORT_KEYS if name in read.report}
+            found.setdefault(read_genotype(genotype), []).append(Tuned(recipe, read.psnr_db, report))
+        except ValueError as error:
+            raise ValueError(f"a fine-tuned result is damaged ({explain(error)})") from None
     return {genotype: tuple(sorted(results, key=lambda result: (-result.mean_db, result.recipe)))
             for genotype, results in found.items()}
 
 
 def to_baseline(baseline: Baseline) -> dict[str, Any]:
     """A baseline as JSON values."""
-    return {"teacher_psnr_db": _to_json(baseline.teacher_psnr_db), "input_psnr_db": _to_json(baseline.input_psnr_db),
-            "values": dict(zip(baseline.values, _to_json(baseline.values.values()), strict=True))}
+    return {"teacher_psnr_db": to_json(baseline.teacher_psnr_db), "input_psnr_db": to_json(baseline.input_psnr_db),
+            "values": dict(zip(baseline.values, to_json(baseline.values.values()), strict=True))}
 
 
-def from_baseline(stored: Mapping[str, Any]) -> Baseline:
-    """Inverse of to_baseline."""
-    return Baseline(tuple(map(float, stored["teacher_psnr_db"])), tuple(map(float, stored["input_psnr_db"])),
-                    {name: float(value) for name, value in stored["values"].items()})
+def from_baseline(stored: object) -> Baseline:
+    """Inverse of to_baseline; raises ValueError for what is none."""
+    try:
+        read = _Baseline.model_validate(stored)
+    except ValidationError as error:
+        raise ValueError(f"its baseline is damaged ({explain(error)})") from None
+    return Baseline(read.teacher_psnr_db, read.input_psnr_db, read.values)
 
 
-def _to_json(numbers: Iterable[float]) -> list[float | str]:
+def explain(error: Exception) -> str:
+    """The first mistake that a schema found, with its place, or the error's own words."""
+    if not isinstance(error, ValidationError):
+        return str(error) or type(error).__name__
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
+
+
+def to_json(numbers: Iterable[float]) -> list[float | str]:
     """NaN and infinities as text: they are not JSON, and the dashboard's parser would reject the whole study."""
     return [float(number) if math.isfinite(number) else str(float(number)) for number in numbers]

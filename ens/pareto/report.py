@@ -28,7 +28,7 @@ Crops = Mapping[str, Sequence[tuple[str, bytes]]]
 
 def write_front(folder: Path, *, front: Front, archive: Archive, crops: Crops) -> None:
     """Write `front.csv`, `front.md`, `front.png`, and last `report.html`, which says what archive it shows."""
-    title = f"{archive.manifest['study']}: {front.caption}"
+    title = f"{archive.manifest.get('study', archive.space.name)}: {front.caption}"
     write_atomic(folder / "front.csv", front_table(front, space=archive.space).to_csv(index=False).encode())
     write_atomic(folder / "front.md", _markdown(title, front, archive).encode())
     write_atomic(folder / "front.png", draw_png(title=title, measurements=archive.measurements(), front=front))

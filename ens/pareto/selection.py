@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,9 +76,9 @@ class Front:
 def is_below_input(measurement: Measurement, baseline: Baseline | None) -> bool:
     """Whether a measurement's mean PSNR, fine-tuned where it has been, is below that of the degraded input."""
     psnr_db = measurement.psnr_db_tuned or measurement.psnr_db
-    if baseline is None or baseline.input_mean_db is None or not psnr_db:
+    if baseline is None or not baseline.input_psnr_db or not psnr_db:
         return False
-    return statistics.fmean(psnr_db) < baseline.input_mean_db
+    return psnr_drop_db(teacher_psnr_db=baseline.input_psnr_db, psnr_db=psnr_db) > 0
 
 
 def exceeded_costs(measurement: Measurement, teacher: Mapping[str, float]) -> tuple[str, ...]:
@@ -92,6 +91,13 @@ def known_objectives(measurements: Sequence[Measurement]) -> tuple[Objective, ..
     """The objectives that every valid measurement holds, in the order of `OBJECTIVES`."""
     valid = [item for item in measurements if item.valid]
     return tuple(objective for name, objective in OBJECTIVES.items() if all(name in item.values for item in valid))
+
+
+def check_any_valid(measurements: Sequence[Measurement]) -> None:
+    """Raises ValueError, with the reason of the first, where every genotype that was measured is invalid."""
+    if not any(item.valid for item in measurements):
+        reason = "".join(f": {format_genotype(one.genotype)} has “{one.note}”" for one in measurements[:1])
+        raise ValueError(f"none of the {len(measurements)} measurements is valid, so there is no front{reason}")
 
 
 def select_front(measurements: Sequence[Measurement], objectives: Sequence[str], *,
@@ -107,9 +113,8 @@ def select_front(measurements: Sequence[Measurement], objectives: Sequence[str],
     Raises ValueError when no measurement is valid, or for an objective that does not exist or was not measured.
     """
     find_objectives(objectives)
+    check_any_valid(measurements)
     valid = [measurement for measurement in measurements if measurement.valid]
-    if not valid:
-        raise ValueError(f"none of the {len(measurements)} measurements is valid, so there is no front")
     _check_measured(valid, objectives)
     teacher = baseline.values if baseline is not None else _own_values(valid)
     mask = non_dominated(objective_values(valid, objectives))
@@ -155,24 +160,39 @@ def _check_measured(measurements: Sequence[Measurement], objectives: Sequence[st
                 f"{', '.join(objective.name for objective in known_objectives(measurements)) or 'no objective'}")
 
 
+def check_pick(pick: str, space: SearchSpace) -> None:
+    """Raises ValueError for a pick that no front could understand: known before there is one."""
+    if pick[:1].isdigit():
+        parse_genotype(pick, space)
+    elif pick.partition(" ")[0] == "within":
+        _read_limit(pick)
+    elif pick not in ("knee", *(f"near {rank}" for rank in range(1, 6))):
+        raise ValueError(f"{pick!r} is not understood; write knee, near 1 to near 5, within 0.1 (dB) or a genotype "
+                         f"such as {format_genotype(space.teacher)}")
+
+
+def _read_limit(pick: str) -> float:
+    """The dB of `within 0.1`."""
+    try:
+        limit = float(pick.partition(" ")[2])
+    except ValueError:
+        limit = math.nan
+    if not math.isfinite(limit):
+        raise ValueError(f"{pick!r} is not understood; write for instance within 0.1")
+    return limit
+
+
 def pick_genotype(pick: str, *, front: Front, space: SearchSpace) -> Genotype:
     """Genotype meant by `knee`, `near 1`…, `within 0.1` (dB) or by itself (`0-2-1`); raises ValueError.
 
     Only a genotype written out may be below the degraded input.
     """
-    word, _, number = pick.partition(" ")
+    check_pick(pick, space)
     if pick[:1].isdigit():
         return parse_genotype(pick, space)
-    if word not in ("knee", "near", "within"):
-        raise ValueError(f"{pick!r} is not understood; write knee, near 1, within 0.1 or a genotype "
-                         f"such as {format_genotype(space.teacher)}")
     _check_above_input(front)
-    if word == "within":
-        try:
-            limit = float(number)
-        except ValueError:
-            raise ValueError(f"{pick!r} is not understood; write for instance within 0.1") from None
-        return cheapest_member(front, limit).genotype
+    if pick.startswith("within"):
+        return cheapest_member(front, _read_limit(pick)).genotype
     roles = {front.role(index): member.genotype for index, member in enumerate(front.members)}
     if pick not in roles:
         raise ValueError(f"this front has no {pick!r}; it has {', '.join(role for role in sorted(roles) if role)}")

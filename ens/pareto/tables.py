@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ens.objectives import OBJECTIVES, format_value
+from ens.objectives import OBJECTIVES, format_value, mean_psnr_db, psnr_drop_db
 from ens.pareto.baseline import REPORT_KEYS, Tuned
 from ens.pareto.selection import Front, known_objectives
 from ens.space import Genotype, Measurement, SearchSpace, format_genotype
@@ -30,8 +29,8 @@ def front_table(front: Front, *, space: SearchSpace) -> pd.DataFrame:
         rows.append({
             "role": front.role(index), "genotype": format_genotype(member.genotype),
             **{name: member.values[name] for name in front.objectives}, **others,
-            "psnr_db": statistics.fmean(member.psnr_db) if member.psnr_db else None,
-            "psnr_db_tuned": statistics.fmean(member.psnr_db_tuned) if member.psnr_db_tuned else None,
+            "psnr_db": mean_psnr_db(member.psnr_db) if member.psnr_db else None,
+            "psnr_db_tuned": mean_psnr_db(member.psnr_db_tuned) if member.psnr_db_tuned else None,
             "psnr_drop_db_tuned": tuned_drop_db(member, front), "below_input": front.below_input(index),
             "above_teacher": " ".join(front.above_teacher(index)), "same_as_next": front.same_as_next(index),
             **{slot.name: choice.label
@@ -43,7 +42,7 @@ def tuned_drop_db(member: Measurement, front: Front) -> float | None:
     """PSNR drop of a member after fine-tuning, dB; None without one or without a baseline."""
     if front.baseline is None or not member.psnr_db_tuned:
         return None
-    return front.baseline.teacher_mean_db - statistics.fmean(member.psnr_db_tuned)
+    return psnr_drop_db(teacher_psnr_db=front.baseline.teacher_psnr_db, psnr_db=member.psnr_db_tuned)
 
 
 def front_rows(front: Front, *, short: bool = False) -> tuple[list[str], list[list[str]]]:
@@ -77,6 +76,7 @@ def front_notes(front: Front) -> list[str]:
         given = front.baseline.input_mean_db
         notes.append(f"Teacher {front.baseline.teacher_mean_db:.2f} dB"
                      + ("." if given is None else f", degraded input {given:.2f} dB."))
+        notes += [front.baseline.left_out] if front.baseline.left_out else []
     if any(front.same_as_next(index) for index in every):
         notes.append(f"{SAME} its PSNR cannot be told from that of the next line: within two standard errors of the "
                      "paired difference.")
@@ -123,4 +123,4 @@ def _value_text(front: Front, index: int, name: str) -> str:
 
 
 def _mean_text(psnr_db: tuple[float, ...]) -> str:
-    return f"{statistics.fmean(psnr_db):.2f}" if psnr_db else ""
+    return f"{mean_psnr_db(psnr_db):.2f}" if psnr_db else ""

@@ -111,7 +111,8 @@ def describe_error(error: Exception, command: str) -> tuple[str, int]:
         return (f"the disk is full, read-only or closed to you ({text}); what is done is kept. Make room or give way, "
                 f"then: {command}", EXIT_DISK)
     if is_memory_error(error):
-        return f"memory ran out ({text or type(error).__name__}); what is done is kept. To continue: {command}", EXIT_FAILED
+        text = text or type(error).__name__
+        return f"memory ran out ({text}); what is done is kept. To continue: {command}", EXIT_FAILED
     if not isinstance(error, ValueError | KeyError | RuntimeError | OSError | ImportError):
         text = f"unexpected {type(error).__name__}: {text}; ENS_TRACEBACK=1 shows where, please report it"
     return text, EXIT_FAILED

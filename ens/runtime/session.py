@@ -28,7 +28,7 @@ from ens.data.images import (
 from ens.export.failures import first_line, translating
 from ens.export.formats import FORMATS
 from ens.export.hybrid import open_network, read_facts
-from ens.networks.checkpoints import reject_impostors
+from ens.networks.weight_files import reject_impostors
 from ens.runtime.tiling import Restore, Tiles, fit_tiles, restore_padded, restore_within_memory
 from ens.shortage import is_memory_error
 from ens.space import BUILTIN
@@ -89,6 +89,8 @@ def _open_exported(path: Path, threads: int | None) -> Session:
     try:
         with translating():
             opened = FORMATS[path.suffix.lower()].open(path, threads)
+    except FileNotFoundError as error:
+        raise SessionError(f"{path}: {error}") from None
     except (MemoryError, OSError):
         raise
     except Exception as error:  # whatever it is, it is in the file
