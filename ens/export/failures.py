@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ens.shortage import is_memory_error
+from ens.shortage import is_disk_error, is_memory_error
 
 
 class RuntimeFailure(RuntimeError):
@@ -17,17 +17,24 @@ class RuntimeFailure(RuntimeError):
 
 @contextmanager
 def translating() -> Iterator[None]:
-    """Around every call into a runtime: lack of memory is raised as MemoryError, what only that runtime knows as
-    RuntimeFailure. Python's own errors pass as they are.
+    """Around every call into a runtime: lack of memory or disk is raised as MemoryError or OSError, what only that
+    runtime knows as RuntimeFailure. Python's own errors pass as they are.
     """
     try:
         yield
     except Exception as error:  # runtimes' errors share no public class
-        if is_memory_error(error):
-            raise MemoryError(first_line(error)) from error
+        raise_shortage(error)
         if type(error).__module__ == "builtins" or isinstance(error, ValueError | RuntimeError | OSError):
             raise
         raise RuntimeFailure(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def raise_shortage(error: Exception) -> None:
+    """Raise MemoryError or OSError where lack of memory or disk is behind an error, whatever was made of it."""
+    if is_memory_error(error):
+        raise MemoryError(first_line(error)) from error
+    if is_disk_error(error) and not isinstance(error, OSError):
+        raise OSError(first_line(error)) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -16,8 +16,8 @@ import yaml
 from torch import Tensor
 
 from ens.atomic import atomic_path, write_atomic
+from ens.export.failures import first_line, raise_shortage
 from ens.networks.steps import Network, pad_to_multiple
-from ens.shortage import is_disk_error, is_memory_error
 
 _LARGEST_PHOTO_PX = 512
 
@@ -110,12 +110,8 @@ def _translated(what: str) -> Iterator[None]:
     except (MemoryError, OSError, ExportError):
         raise
     except Exception as failure:
-        lines = str(failure.__cause__ or failure).strip().splitlines() or [type(failure).__name__]
-        if is_memory_error(failure):
-            raise MemoryError(f"{what}: {lines[0]}") from failure
-        if is_disk_error(failure):
-            raise OSError(f"{what}: {lines[0]}") from failure
-        raise ExportError(f"{what}: {lines[0]}") from failure
+        raise_shortage(failure)
+        raise ExportError(f"{what}: {first_line(failure.__cause__ or failure)}") from failure
 
 
 def measure_parity(network: Network, run: Callable[[Tensor], Tensor], *, photo: Tensor) -> float:
