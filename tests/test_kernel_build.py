@@ -34,7 +34,8 @@ def test_kernel_of_every_compiler_agrees_with_the_loop(tmp_path: Path, compiler:
         shutil.copy(ROOT / name, tmp_path / name)
     # PyTorch's own compiler reads its sources in the locale's encoding: no C locale for it.
     environment = {**os.environ, "PYTHONUTF8": "1",
-                   "CC": compiler.replace("++", "cc" if compiler.startswith("g") else ""), "CXX": compiler, "PYTHONPATH": str(tmp_path)}
+                   "CC": compiler.replace("++", "cc" if compiler.startswith("g") else ""), "CXX": compiler,
+                   "PYTHONPATH": str(tmp_path)}
     for command in ([sys.executable, "setup.py", "build_ext", "--inplace"],
                     [sys.executable, "-c", "import ens.ops.native as n; assert n.load_kernels(), n.why_no_kernels()"],
                     [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]):
