@@ -60,6 +60,7 @@ def test_every_block_keeps_its_own_weights_and_each_kind_is_traced_once(tmp_path
     assert sum("tracing" in line and "kind" in line for line in lines[1:]) == 5
     assert {node.domain for node in onnx.load(tmp_path / "net.onnx").graph.node} == {""}
     assert dict(network.named_modules()) == modules  # the marks are gone from the network
+    assert str(Path(torch.__file__).parent).encode() not in (tmp_path / "net.onnx").read_bytes()  # no traces of frames
 
 
 def test_the_network_is_whole_again_after_a_failed_export(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def write_onnx(network: Network, path: Path, metadata: Mapping[str, str], on_eve
         copy_blocks(model.graph, kinds)
         _fold(model)
     tidy_graph(model)
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()  # the tracer's stack: paths of this machine, and another address in every process
     model.metadata_props.update(metadata)
     path.write_bytes(ir.to_proto(model).SerializeToString())
 
