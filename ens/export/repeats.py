@@ -21,6 +21,8 @@ from ens.export.graph import replace_node
 from ens.networks.steps import Network
 
 _DOMAIN = "ens"
+_TRACED = "network"
+"""The name that the traced module has for the network."""
 _LEAST_SIDE = 16
 """Height in pixels from which on every network runs; the shapes of blocks are read at this size and twice its width."""
 
@@ -160,9 +162,8 @@ def hide_weights(graph: ir.Graph, kinds: Sequence[Sequence[Block]]) -> None:
 
 def _list_weights(graph: ir.Graph, first: Block) -> dict[str, ir.Value]:
     """The initializers that are weights of a marked block, by their names in the block."""
-    values = {name: next((value for key, value in graph.initializers.items()
-                          if key.endswith(f"{first.name}.block.{name}")), None) for name in first.tensors()}
-    return {name: value for name, value in values.items() if value is not None}
+    keys = {name: f"{_TRACED}.{first.name}.block.{name}" for name in first.tensors()}
+    return {name: graph.initializers[key] for name, key in keys.items() if key in graph.initializers}
 
 
 def copy_blocks(graph: ir.Graph, kinds: Sequence[Sequence[Block]]) -> None:
