@@ -89,11 +89,12 @@ def _measure(run: RunFolder, control: Control) -> None:
 
     settings = run.study.search
     with run.recording() as archive:
-        for line in filter(None, (run.baseline.left_out, archive.known() and f"goes on after {len(archive.known())}")):
+        known = archive.known()
+        for line in filter(None, (run.validation.origin, run.baseline.left_out, known and f"after {len(known)} known")):
             control.say(f"search: {line}")
         run_search(
             engine=create_engine(settings.engine, run.space, seed=run.study.seed), objectives=settings.objectives,
-            known=archive.known(), evaluate=run.evaluator.evaluate, record=archive.record, budget=run.budget,
+            known=known, evaluate=run.evaluator.evaluate, record=archive.record, budget=run.budget,
             batch_size=settings.batch_size, progress=lambda done, total: control.step("search", done, total))
 
 
@@ -212,9 +213,8 @@ def inspect_erf(run: RunFolder, slot: str, target: Path) -> dict[str, dict[str, 
     """
     from ens.evaluate.receptive_field import draw_receptive_fields, measure_slot
 
-    states, images = run.slot_states(slot), run.validation.images[:4]
+    images, downscale = run.validation.images[:4], run.skeleton.slot(slot).downscale
     maps = {choice: {state: measure_slot(network, slot, images, module=module)
-                     for state, (network, module) in known.items()} for choice, known in states.items()}
-    downscale = run.skeleton.slot(slot).downscale
+                     for state, (network, module) in known.items()} for choice, known in run.slot_states(slot).items()}
     write_atomic(target, draw_receptive_fields(f"{slot}: 1 px is {downscale} px of the image", maps))
     return maps

@@ -221,6 +221,7 @@ def test_a_pair_that_is_restored_perfectly_is_left_out_of_a_search_and_counted(
     said: list[str] = []
     assert all(one.valid for one in pipeline.search(run, Control(say=said.append)))
     assert any("1 of 2 validation images are left out of means" in line for line in said)
+    assert f"search: {run.validation.origin}" in said and run.validation.origin  # which images chose, and how made
     assert math.isfinite(run.baseline.teacher_mean_db) and math.inf in run.baseline.teacher_psnr_db
     assert any("left out of means" in note for note in front_notes(run.front()))
     (folder / "input" / "photo.png").unlink()
