@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 import ens
+from ens import options as given
 from ens.console import (
     complain,
     make_table,
     print_evaluation,
     print_front,
+    print_installation,
     print_spaces,
     print_tuned,
     replace_unknown_characters,
@@ -45,22 +46,6 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 inspect = typer.Typer(no_args_is_help=True, help="Look inside a run.")
 app.add_typer(inspect, name="inspect")
 
-Study = Annotated[str, typer.Argument(metavar="SPACE.yaml", help="The study: a file, or the name of a shipped one.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `ens run` or `ens search` made.")]
-Pick = Annotated[str, typer.Option(help="'knee', 'near 1' to 'near 5', 'within 0.1' (dB), or a genotype like 0-2-1.")]
-Task = Annotated[str, typer.Option(help="Task with its numbers: denoise_s25, derain, deblur, sr_x4, jpeg_q10.")]
-Within = Annotated[float | None, typer.Option(help="Name the cheapest member at most this many dB below the teacher.")]
-Storage = Annotated[str, typer.Option(help="Optuna storage URL of the archive instead of RUN/archive.db.")]
-Teacher = Annotated[Path | None, typer.Option(help="Checkpoint to use as the teacher.")]
-TaughtBy = Annotated[Path | None, typer.Option("--teacher", help="Checkpoint whose output is extra supervision.")]
-TaughtWeight = Annotated[float | None, typer.Option("--teacher-weight", min=0, max=1, help=(
-    "Share w of the teacher in the loss: (1-w) L1(target) + w L1(teacher's output)."))]
-Candidates = Annotated[int | None, typer.Option(min=1, help="Hybrids to fine-tune: the pick and its nearest.")]
-Restart = Annotated[bool, typer.Option("--restart", help=(
-    "Drop the state of an unfinished training, where it is damaged or of another recipe, and begin it again."))]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
-    "Change one key of the study, for instance search.budget=40. May be given several times."))]
 
 
 def main() -> None:
@@ -111,8 +96,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 @app.command()
-def run(study: Study, out: Out, pick: Pick = "knee", candidates: Candidates = None, teacher: Teacher = None,
-        storage: Storage = "", restart: Restart = False, changes: Set = None) -> None:
+def run(study: given.Study, out: given.Out, pick: given.Pick = "knee", candidates: given.Candidates = None,
+        teacher: given.Teacher = None,
+        storage: given.Storage = "", restart: given.Restart = False, changes: given.Set = None) -> None:
     """The whole road: train, distill, search, finetune, pareto, export; whatever of it is missing."""
     from ens import pipeline
 
@@ -127,8 +113,8 @@ def run(study: Study, out: Out, pick: Pick = "knee", candidates: Candidates = No
 
 
 @app.command()
-def train(study: Study, out: Out, teacher: TaughtBy = None, teacher_weight: TaughtWeight = None,
-          restart: Restart = False, changes: Set = None) -> None:
+def train(study: given.Study, out: given.Out, teacher: given.TaughtBy = None, teacher_weight: given.TaughtWeight = None,
+          restart: given.Restart = False, changes: given.Set = None) -> None:
     """Train the teacher of a study; several processes under torchrun."""
     from ens import pipeline
 
@@ -139,7 +125,8 @@ def train(study: Study, out: Out, teacher: TaughtBy = None, teacher_weight: Taug
 
 
 @app.command()
-def distill(study: Study, out: Out, teacher: Teacher = None, restart: Restart = False, changes: Set = None) -> None:
+def distill(study: given.Study, out: given.Out, teacher: given.Teacher = None, restart: given.Restart = False,
+            changes: given.Set = None) -> None:
     """Align every surrogate of a study with its slot of the teacher."""
     from ens import pipeline
 
@@ -153,7 +140,8 @@ def distill(study: Study, out: Out, teacher: Teacher = None, restart: Restart = 
 
 
 @app.command()
-def search(study: Study, out: Out, teacher: Teacher = None, storage: Storage = "", changes: Set = None) -> None:
+def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, storage: given.Storage = "",
+           changes: given.Set = None) -> None:
     """Measure genotypes until the budget of unique evaluations is spent."""
     from ens import pipeline
 
@@ -163,10 +151,11 @@ def search(study: Study, out: Out, teacher: Teacher = None, storage: Storage = "
 
 
 @app.command()
-def pareto(run: Run, objectives: Annotated[str, typer.Option(help=(
+def pareto(run: given.Run, objectives: Annotated[str, typer.Option(help=(
         "Two or three measured objectives instead of the search's: psnr_drop_db,macs."))] = "",
-        within: Within = None, unmark: Annotated[str, typer.Option(metavar="GENOTYPE", help=(
-            "Put a genotype back that a failed export has marked invalid."))] = "", storage: Storage = "") -> None:
+        within: given.Within = None, unmark: Annotated[str, typer.Option(metavar="GENOTYPE", help=(
+            "Put a genotype back that a failed export has marked invalid."))] = "",
+        storage: given.Storage = "") -> None:
     """Print the front of a run and write it as CSV, Markdown, PNG and one HTML page."""
     from ens import pipeline
 
@@ -187,9 +176,10 @@ def pareto(run: Run, objectives: Annotated[str, typer.Option(help=(
 
 
 @app.command()
-def finetune(run: Run, pick: Pick = "knee", candidates: Candidates = None, teacher: TaughtBy = None,
-             teacher_weight: TaughtWeight = None, storage: Storage = "", restart: Restart = False,
-             changes: Set = None) -> None:
+def finetune(run: given.Run, pick: given.Pick = "knee", candidates: given.Candidates = None,
+             teacher: given.TaughtBy = None,
+             teacher_weight: given.TaughtWeight = None, storage: given.Storage = "", restart: given.Restart = False,
+             changes: given.Set = None) -> None:
     """Train hybrids of the front end to end, with their teacher's output as extra supervision."""
     from ens import pipeline
 
@@ -202,7 +192,7 @@ def finetune(run: Run, pick: Pick = "knee", candidates: Candidates = None, teach
 
 
 @app.command()
-def export(run: Run, pick: Pick = "knee", storage: Storage = "") -> None:
+def export(run: given.Run, pick: given.Pick = "knee", storage: given.Storage = "") -> None:
     """Write one hybrid as ONNX, safetensors and a card; checked in ONNX Runtime first."""
     from ens import pipeline
 
@@ -237,7 +227,7 @@ def restore(
 
 @app.command()
 def degrade(source: Annotated[Path, typer.Argument(metavar="IN", help="Clean image.")],
-            target: Annotated[Path, typer.Argument(metavar="OUT", help="Image to write.")], task: Task) -> None:
+            target: Annotated[Path, typer.Argument(metavar="OUT", help="Image to write.")], task: given.Task) -> None:
     """Write what a task's validation would make of a clean image: something to restore."""
     from ens.data.pairs import degrade_photo
     from ens.data.tasks import create_task
@@ -251,7 +241,7 @@ def evaluate(
     checkpoint: Annotated[str, typer.Option("--checkpoint", "--model", help=(
         "Checkpoint, hybrid or exported file, or builtin:NAME for a shipped teacher."))],
     data: Annotated[str, typer.Option(help="Folder of images (clean, or input/ and target/), or builtin:photos.")],
-    task: Task,
+    task: given.Task,
     protocol: Annotated[str, typer.Option(help="Evaluation protocol instead of the task's own.")] = "",
     crop: Annotated[int | None, typer.Option(metavar="PX", help="Cut this square out of the centre first.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Take the first N images.")] = None,
@@ -290,7 +280,7 @@ def schema() -> None:
 
 
 @inspect.command()
-def erf(run: Run, slot: Annotated[str, typer.Option(help="Slot to look into, for instance latent.")],
+def erf(run: given.Run, slot: Annotated[str, typer.Option(help="Slot to look into, for instance latent.")],
         target: Annotated[Path | None, typer.Option("--out", "-o", help="PNG; RUN/erf_SLOT.png by default.")] = None,
         ) -> None:
     """Effective receptive field: the teacher's, and the surrogates' before and after distillation and fine-tuning.
@@ -316,25 +306,7 @@ def erf(run: Run, slot: Annotated[str, typer.Option(help="Slot to look into, for
 @app.command()
 def info() -> None:
     """What this installation has: versions, devices, scan kernels, and every name a study may use."""
-    import onnxruntime
-    import torch
-
-    from ens.data.tasks import TASKS
-    from ens.evaluate.protocols import PROTOCOLS
-    from ens.objectives import OBJECTIVES
-    from ens.ops.selective_scan import scan_backends
-    from ens.search import ENGINES
-
-    gpus = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    rows = {"ens": ens.__version__, "python": sys.version.split()[0], "torch": torch.__version__,
-            "onnxruntime": onnxruntime.__version__, "threads": str(torch.get_num_threads()), "GPU": gpus or "none",
-            **{f"scan on {device}": path for device, path in scan_backends().items()},
-            "networks": ", ".join(ens.NETWORKS), "families": ", ".join(ens.FAMILIES), "tasks": ", ".join(TASKS),
-            "protocols": ", ".join(PROTOCOLS), "engines": ", ".join(ENGINES), "objectives": ", ".join(OBJECTIVES)}
-    table = Table(box=None, show_header=False)
-    for row in rows.items():
-        table.add_row(*row)
-    show(table)
+    print_installation()
 
 
 def _candidates(count: int | None) -> list[str]:

@@ -181,3 +181,27 @@ def print_spaces(folders: Sequence[RunFolder]) -> None:
         table.add_row(space.name, f"{len(space.sizes)} × {low}–{high}" if low < high else f"{len(space.sizes)} × {low}",
                       count, f"{space.num_surrogates}", *ranges)
     show(table)
+
+
+def print_installation() -> None:
+    """Print versions, devices, scan kernels, and every name a study may use."""
+    import onnxruntime
+    import torch
+
+    import ens
+    from ens.data.tasks import TASKS
+    from ens.evaluate.protocols import PROTOCOLS
+    from ens.objectives import OBJECTIVES
+    from ens.ops.selective_scan import scan_backends
+    from ens.search import ENGINES
+
+    gpus = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    rows = {"ens": ens.__version__, "python": sys.version.split()[0], "torch": torch.__version__,
+            "onnxruntime": onnxruntime.__version__, "threads": str(torch.get_num_threads()), "GPU": gpus or "none",
+            **{f"scan on {device}": path for device, path in scan_backends().items()},
+            "networks": ", ".join(ens.NETWORKS), "families": ", ".join(ens.FAMILIES), "tasks": ", ".join(TASKS),
+            "protocols": ", ".join(PROTOCOLS), "engines": ", ".join(ENGINES), "objectives": ", ".join(OBJECTIVES)}
+    table = Table(box=None, show_header=False)
+    for row in rows.items():
+        table.add_row(*row)
+    show(table)

@@ -1,0 +1,25 @@
+"""What the verbs of the command line are given: arguments and options that several of them share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Study = Annotated[str, typer.Argument(metavar="SPACE.yaml", help="The study: a file, or the name of a shipped one.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `ens run` or `ens search` made.")]
+Pick = Annotated[str, typer.Option(help="'knee', 'near 1' to 'near 5', 'within 0.1' (dB), or a genotype like 0-2-1.")]
+Task = Annotated[str, typer.Option(help="Task with its numbers: denoise_s25, derain, deblur, sr_x4, jpeg_q10.")]
+Within = Annotated[float | None, typer.Option(help="Name the cheapest member at most this many dB below the teacher.")]
+Storage = Annotated[str, typer.Option(help="Optuna storage URL of the archive instead of RUN/archive.db.")]
+Teacher = Annotated[Path | None, typer.Option(help="Checkpoint to use as the teacher.")]
+TaughtBy = Annotated[Path | None, typer.Option("--teacher", help="Checkpoint whose output is extra supervision.")]
+TaughtWeight = Annotated[float | None, typer.Option("--teacher-weight", min=0, max=1, help=(
+    "Share w of the teacher in the loss: (1-w) L1(target) + w L1(teacher's output)."))]
+Candidates = Annotated[int | None, typer.Option(min=1, help="Hybrids to fine-tune: the pick and its nearest.")]
+Restart = Annotated[bool, typer.Option("--restart", help=(
+    "Drop the state of an unfinished training, where it is damaged or of another recipe, and begin it again."))]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
+    "Change one key of the study, for instance search.budget=40. May be given several times."))]
