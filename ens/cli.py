@@ -21,6 +21,7 @@ from ens import options as given
 from ens.console import (
     complain,
     make_table,
+    print_bench,
     print_evaluation,
     print_front,
     print_installation,
@@ -259,6 +260,21 @@ def evaluate(
     if broken := results[0].broken:
         complain(f"error: {checkpoint}: {broken}")
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(files: Annotated[list[str], typer.Argument(metavar="A B...", help="Files that hold networks.")],
+          size: given.Sizes = "256", threads: given.Threads = None, repeats: given.Repeats = 15,
+          as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+    """Time files in turn, in one run: milliseconds, and how many times as fast as the first."""
+    from ens.runtime.bench import bench_files, describe_machine
+
+    shapes, machine = given.parse_sizes(size), describe_machine()
+    with reporting() as control:
+        found = {f"{height}x{width}": bench_files(
+            files, height=height, width=width, threads=threads, repeats=repeats,
+            on_round=lambda number: control.progress("bench", number, repeats, "rounds")) for height, width in shapes}
+    print_bench(files, found, {**machine, "threads": str(threads or "default")}, as_json=as_json)
 
 
 @app.command()

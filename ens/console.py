@@ -6,12 +6,14 @@ Results go to standard output; progress, remarks and errors to standard error.
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from ens.evaluate.evaluator import Evaluation
     from ens.pareto.selection import Front
     from ens.run_folder import RunFolder
+    from ens.runtime.bench import Timing
 
 _out = Console(highlight=False, markup=False)
 _err = Console(stderr=True, highlight=False, markup=False)
@@ -166,6 +169,24 @@ def print_evaluation(results: Sequence[Evaluation], task: str) -> None:
         say(f"protocol {result.protocol}\nPSNR     {psnr_db:.2f} dB{gain}\nSSIM     {ssim:.4f}")
         for sentence in result.left_out:
             say(f"         {sentence}")
+
+
+def print_bench(files: Sequence[str], found: Mapping[str, Sequence[Timing]], facts: Mapping[str, str], *,
+                as_json: bool) -> None:
+    """Milliseconds of files by image size, and how many times as fast as the first each is; quartiles in brackets."""
+    if as_json:
+        say(json.dumps({**facts, "sizes": {size: [{"file": file, **asdict(timing)} for file, timing in
+                                                   zip(files, timings, strict=True)]
+                                           for size, timings in found.items()}}, indent=1))
+        return
+    table = make_table(("size", "file"), ("ms", "", "times as fast", ""))
+    for size, timings in found.items():
+        for file, one in zip(files, timings, strict=True):
+            (low, high), (slower, faster) = one.quartiles_ms, one.times_as_fast_quartiles
+            table.add_row(size, file, f"{one.median_ms:.1f}", f"{low:.1f}-{high:.1f}", f"{one.times_as_fast:.2f}",
+                          f"{slower:.2f}-{faster:.2f}")
+    show(table)
+    say("Medians and quartiles; " + ", ".join(f"{name} {value}" for name, value in facts.items()))
 
 
 def print_spaces(folders: Sequence[RunFolder]) -> None:

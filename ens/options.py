@@ -18,8 +18,23 @@ Teacher = Annotated[Path | None, typer.Option(help="Checkpoint to use as the tea
 TaughtBy = Annotated[Path | None, typer.Option("--teacher", help="Checkpoint whose output is extra supervision.")]
 TaughtWeight = Annotated[float | None, typer.Option("--teacher-weight", min=0, max=1, help=(
     "Share w of the teacher in the loss: (1-w) L1(target) + w L1(teacher's output)."))]
+Sizes = Annotated[str, typer.Option("--size", help="Sides of the image in px: 256, 480x640, or several with commas.")]
+Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads of the runtime.")]
+Repeats = Annotated[int, typer.Option(metavar="N", min=2, help="Times that each file runs.")]
 Candidates = Annotated[int | None, typer.Option(min=1, help="Hybrids to fine-tune: the pick and its nearest.")]
 Restart = Annotated[bool, typer.Option("--restart", help=(
     "Drop the state of an unfinished training, where it is damaged or of another recipe, and begin it again."))]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
     "Change one key of the study, for instance search.budget=40. May be given several times."))]
+
+
+def parse_sizes(text: str) -> list[tuple[int, int]]:
+    """`256,480x640` as heights and widths; raises ValueError."""
+    sizes = []
+    for part in text.split(","):
+        height, times, width = part.strip().lower().partition("x")
+        width = width if times else height
+        if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+            raise ValueError(f"--size takes sides in px such as 256 or 480x640, several with commas, not {text!r}")
+        sizes.append((int(height), int(width)))
+    return sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -240,3 +241,14 @@ def test_help_answers_without_loading_pytorch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace",
                           cwd=Path(__file__).resolve().parents[1])
     assert done.stdout.rstrip().endswith("False")
+
+
+def test_files_are_timed_in_turn_and_printed_as_json(run_cli: Callable[..., int],
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    files = ("builtin:denoise_demo", "builtin:denoise_demo")
+    assert run_cli("bench", *files, "--size", "16,8x24", "--repeats", "2", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["sizes"]) == ["16x16", "8x24"] and found["device"]
+    assert [row["file"] for row in found["sizes"]["8x24"]] == list(files)
+    for size in ("12x", "0", "a", "-8", "8x8x8", ""):
+        assert run_cli("bench", *files, "--size", size) == 1 and "--size takes sides in px" in capsys.readouterr().err
