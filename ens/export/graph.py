@@ -130,8 +130,13 @@ def _slice_channels(graph: ir.Graph, before: ir.Node, start: int, stop: int, cha
 
 def _insert(graph: ir.Graph, like: ir.Node, x: ir.Value | None, weight: Array, bias: Array | None, *, group: int,
             replaced: ir.Value) -> None:
-    """A convolution with `like`'s attributes but these weights, whose output takes the place of `replaced`."""
-    inputs = [x, _new_constant(graph, weight), *([] if bias is None else [_new_constant(graph, bias)])]
+    """A convolution with `like`'s attributes but these weights, whose output takes the place of `replaced`.
+
+    The new weight keeps the old one's name, so that it can be told which block it is of.
+    """
+    source = like.inputs[1]
+    name = "tidy" if source is None or source.name is None else source.name.partition("#")[0]
+    inputs = [x, _new_constant(graph, weight, f"{name}#"), *([] if bias is None else [_new_constant(graph, bias)])]
     attributes = [attribute for name, attribute in like.attributes.items() if name != "group"]
     node = ir.Node("", "Conv", inputs, [*attributes, ir.AttrInt64("group", group)])
     node.outputs[0].shape, node.outputs[0].type = replaced.shape, replaced.type
@@ -139,9 +144,9 @@ def _insert(graph: ir.Graph, like: ir.Node, x: ir.Value | None, weight: Array, b
     replaced.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
 
 
-def _new_constant(graph: ir.Graph, array: Array) -> ir.Value:
+def _new_constant(graph: ir.Graph, array: Array, prefix: str = "tidy_") -> ir.Value:
     array = np.ascontiguousarray(array if array.dtype == np.int64 else array.astype(np.float32))
-    name = f"tidy_{len(graph.initializers)}"
+    name = f"{prefix}{len(graph.initializers)}"
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
                      const_value=ir.tensor(array, name=name))
     graph.register_initializer(value)
