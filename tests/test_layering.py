@@ -18,7 +18,8 @@ ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage":
 PRINT = {"cli", "console"}
 TOUCH_FILES = {"atomic", "networks.checkpoints", "networks.weight_files", "data.decoding", "data.images", "data.sizes",
                "distill.library", "pareto.archive", "pareto.storage", "pareto.report", "export.hybrid",
-               "export.formats", "export.onnx", "export.int8", "runtime.session", "runtime.bench", "yaml_values", "config",
+               "export.formats", "export.onnx", "export.int8", "export.bundle", "export.bundle_runner",
+               "runtime.session", "runtime.bench", "yaml_values", "config",
                "ops.native"}  # which looks whether its own compiled file can be loaded
 FILE_CALLS = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "unlink", "mkdir", "rename",
               "rmtree", "safe_open", "save_file", "load_file", "imread", "imwrite", "write_html"}
