@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from torch import Tensor
@@ -38,7 +36,6 @@ _BETWEEN = "between slots"
 """Group of the convolutions that are in no slot: the ones that sample down and up and join skips."""
 _CORES = ("x_proj", "dt_projs", "A_log")
 """Weights inside state-space cores: what they make is exponentiated over thousands of pixels."""
-_BENCH_PX, _BENCH_RUNS = 256, 7
 
 
 class Int8Error(ExportError):
@@ -47,32 +44,26 @@ class Int8Error(ExportError):
 
 @dataclass(frozen=True)
 class Int8Report:
-    """What int8 costs on the validation images (mean and worst, dB), which slots stay float, the cost of each slot
-    alone where that was needed to decide, and how many times as fast as the float file it is, by threads.
+    """What int8 costs on the validation images (mean and worst, dB), which slots stay float, and the cost of each slot
+    alone where that was needed to decide.
     """
 
     cost_db: float
     worst_db: float
     float_slots: tuple[str, ...]
     slot_costs_db: Mapping[str, float]
-    speedups: Mapping[int, float]
 
     def facts(self) -> dict[str, str]:
         """For the card and the file itself."""
         return {"int8_psnr_cost_db": f"{self.cost_db:.3f}", "int8_psnr_cost_worst_db": f"{self.worst_db:.3f}",
                 "int8_float_slots": ", ".join(self.float_slots) or "none",
                 **({"int8_slot_costs_db": ", ".join(f"{name} {cost:.3f}" for name, cost in self.slot_costs_db.items())}
-                   if self.slot_costs_db else {}),
-                "int8_speed": ", ".join(f"{ratio:.2f}x the float file with {threads} threads" if threads > 1 else
-                                        f"{ratio:.2f}x the float file with 1 thread"
-                                        for threads, ratio in self.speedups.items())
-                + f" ({_BENCH_PX}x{_BENCH_PX}, timed in turn, ONNX Runtime {onnxruntime.__version__}, on the machine "
-                  "that exported it)"}
+                   if self.slot_costs_db else {})}
 
 
 def write_int8(source: Path, target: Path, *, slots: Mapping[str, str], calibration: Sequence[Tensor],
                images: ValidationSet, protocol: Protocol, max_cost_db: float = MAX_COST_DB,
-               threads: Sequence[int] = (1, 2), on_event: Callable[[str], None] | None = None) -> Int8Report:
+               on_event: Callable[[str], None] | None = None) -> Int8Report:
     """Write the int8 form of an exported ONNX file, with free sides if that has them; the file appears last.
 
     `slots` (name -> module) name what can stay float, `calibration` are degraded training images. Float are always:
@@ -105,8 +96,7 @@ def write_int8(source: Path, target: Path, *, slots: Mapping[str, str], calibrat
         with atomic_path(target) as temporary:
             trial.write(temporary, kept)
             check_finite(temporary)
-            report = Int8Report(statistics.fmean(costs), max(costs), tuple(kept), alone,
-                                {count: time_in_turn([source, temporary], threads=count) for count in threads})
+            report = Int8Report(statistics.fmean(costs), max(costs), tuple(kept), alone)
             _add_facts(temporary, report.facts())
     return report
 
@@ -193,22 +183,6 @@ def check_finite(path: Path) -> None:
     for image in (noise, half, torch.zeros_like(noise), torch.ones_like(noise)):
         if not opened.run(image).isfinite().all():
             raise Int8Error(f"{path.name}: the int8 file gives numbers that are not finite; it was not kept")
-
-
-def time_in_turn(paths: Sequence[Path], *, threads: int) -> float:
-    """How many times as fast as the first of two ONNX files the second is: median of the ratios of runs in turn."""
-    runs = [FORMATS[".onnx"].open(path, threads) for path in paths]
-    image = torch.rand(1, int(runs[0].metadata["channels"]), _BENCH_PX, _BENCH_PX)
-
-    def time_s(run: Callable[[Tensor], Tensor]) -> float:
-        start = time.perf_counter()
-        run(image)
-        return time.perf_counter() - start
-
-    for opened in runs:
-        opened.run(image)
-    rounds = [[time_s(opened.run) for opened in runs] for _ in range(_BENCH_RUNS)]
-    return statistics.median(first / second for first, second in rounds)
 
 
 def _add_facts(path: Path, facts: Mapping[str, str]) -> None:
