@@ -6,19 +6,19 @@ To add one: a file with a writer and an opener, a row in `FORMATS`, and a test.
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
-from ens.atomic import atomic_path, write_atomic
+from ens.atomic import atomic_path
 from ens.export.failures import first_line, raise_shortage
-from ens.networks.steps import Network, pad_to_multiple
+from ens.export.torch_export import Size
+from ens.networks.steps import Network, pad_to_multiple, pad_to_size
 
 _LARGEST_PHOTO_PX = 512
 _ROUNDING = 1e-5
@@ -27,6 +27,10 @@ _ROUNDING = 1e-5
 
 class ExportError(RuntimeError):
     """A network that cannot be exported, or an exported file that does not reproduce it."""
+
+
+class MissingRuntime(ExportError):
+    """A runtime that is not installed; the message says how to."""
 
 
 class ParityError(ExportError):
@@ -46,17 +50,23 @@ class OpenedFile:
 
 @dataclass(frozen=True)
 class Format:
-    """`write(network, path, metadata, on_event)`, and `open(path, threads)` in the format's own runtime."""
+    """`write(network, path, metadata, size, on_event)` for images of one size or, None, of any, and
+    `open(path, threads)` in the format's own runtime. `default_size` is the size of a format whose sides are never
+    free; `snippet` the Python that makes `restored` of `image` with that runtime alone.
+    """
 
     name: str
-    write: Callable[[Network, Path, Mapping[str, str], Callable[[str], None]], None]
+    write: Callable[[Network, Path, Mapping[str, str], Size | None, Callable[[str], None]], None]
     open: Callable[[Path, int | None], OpenedFile]
+    snippet: str
+    default_size: Size | None = None
 
 
-def _write_onnx(network: Network, path: Path, metadata: Mapping[str, str], on_event: Callable[[str], None]) -> None:
+def _write_onnx(network: Network, path: Path, metadata: Mapping[str, str], size: Size | None,
+                on_event: Callable[[str], None]) -> None:
     from ens.export.onnx import write_onnx  # brings onnxscript, a second
 
-    write_onnx(network, path, metadata, on_event)
+    write_onnx(network, path, metadata, size, on_event)
 
 
 def _open_onnx(path: Path, threads: int | None) -> OpenedFile:
@@ -66,43 +76,124 @@ def _open_onnx(path: Path, threads: int | None) -> OpenedFile:
     return OpenedFile(lambda image: run_onnx(session, image), metadata, lambda: release_onnx(session))
 
 
+def _open_openvino(path: Path, threads: int | None, *, exact: bool = True) -> OpenedFile:
+    with _needing("openvino"):
+        from ens.export.openvino import open_openvino, run_openvino
+
+    model, metadata = open_openvino(path, threads, exact=exact)
+    return OpenedFile(lambda image: run_openvino(model, image), metadata)
+
+
+def _write_program(network: Network, path: Path, metadata: Mapping[str, str], size: Size | None,
+                   on_event: Callable[[str], None]) -> None:
+    from ens.export.torch_export import write_program
+
+    write_program(network, path, metadata, size)
+
+
+def _open_program(path: Path, threads: int | None) -> OpenedFile:
+    from ens.export.torch_export import open_program, run_program
+
+    module, metadata = open_program(path, threads)
+    return OpenedFile(lambda image: run_program(module, image), metadata)
+
+
+@contextmanager
+def _needing(extra: str) -> Iterator[None]:
+    """Around the import of an optional runtime."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingRuntime(f"this needs {extra}, which is not installed: pip install 'ens[{extra}]'") from error
+
+
 FORMATS: dict[str, Format] = {
-    ".onnx": Format("ens onnx 1", _write_onnx, _open_onnx),
+    ".onnx": Format("ens onnx 1", _write_onnx, _open_onnx, (
+        'import onnxruntime\nrestored = onnxruntime.InferenceSession("{model}").run(None, {{"image": image}})[0]')),
+    ".pt2": Format("ens pt2 1", _write_program, _open_program, (
+        'import torch\nrestored = torch.export.load("{model}").module()(torch.from_numpy(image)).detach()')),
 }
+RUNTIMES: dict[str, tuple[str, Callable[[Path, int | None], OpenedFile]]] = {
+    "ort": (".onnx", _open_onnx),
+    "openvino": (".onnx", _open_openvino),
+    "openvino-default": (".onnx", functools.partial(_open_openvino, exact=False)),  # the device's own precision
+    "torch": (".pt2", _open_program),
+}
+"""Runtime -> the suffix of the files it runs, and how it opens one (path, threads)."""
+
+
+def find_format(suffix: str) -> Format:
+    """The format of a suffix; raises ExportError with those there are."""
+    if suffix not in FORMATS:
+        raise ExportError(f"the suffix of an exported file is one of {', '.join(FORMATS)}, not {suffix!r}")
+    return FORMATS[suffix]
+
+
+def open_file(path: Path, threads: int | None = None, *, runtime: str = "") -> OpenedFile:
+    """Open an exported file in a runtime, its format's own unless named; raises what the runtime raises, and
+    ExportError for a runtime there is not or that does not run such files.
+    """
+    if not runtime:
+        return find_format(path.suffix.lower()).open(path, threads)
+    if runtime not in RUNTIMES:
+        raise ExportError(f"no runtime {runtime!r}; allowed: {', '.join(RUNTIMES)}")
+    suffix, opener = RUNTIMES[runtime]
+    if path.suffix.lower() != suffix:
+        raise ExportError(f"{runtime} runs {suffix} files, not {path.name}")
+    return opener(path, threads)
+
+
+def check_size(network: Network, suffix: str, size: Size | None) -> Size | None:
+    """The size a file gets: as given, the format's own, or None for free sides; raises ExportError for none."""
+    multiple = network.size_multiple
+    if size is None and (own := FORMATS[suffix].default_size):
+        size = own[0] // multiple * multiple, own[1] // multiple * multiple
+    if size and (min(size) < 1 or any(side % multiple for side in size)):
+        raise ExportError(f"the sides of images for this network are multiples of {multiple}, not "
+                          f"{size[0]}x{size[1]}")
+    return size
 
 
 def write_checked(network: Network, path: str | Path, *, photo: Tensor, tolerance: float = 1e-4,
-                  facts: Mapping[str, str] | None = None, on_event: Callable[[str], None] | None = None) -> float:
+                  facts: Mapping[str, str] | None = None, size: Size | None = None,
+                  runtimes: Sequence[str] = (), on_event: Callable[[str], None] | None = None) -> float:
     """Write the network in the format of the suffix; return the largest relative error ‖a−b‖/‖b‖ that was seen.
 
-    The format's runtime opens the file and must reproduce PyTorch on images of noise of three sizes, on black, white,
-    constant and half-black ones, and on `photo` (1, C, H, W), a real degraded image. Metadata are `size_multiple`,
-    `upscale`, `channels` and `facts`. `on_event` gets a line a step. Raises ExportError, leaving no file, when the
+    The file takes images of `size` (height, width) or, None, of any, where the format can. Every one of `runtimes`, the
+    format's own by default, opens it and must reproduce PyTorch on images of noise of three sizes (or of that one), on
+    black, white, constant and half-black ones, and on `photo` (1, C, H, W), a real degraded image. Metadata are
+    `describe_network` and `facts`. `on_event` gets a line a step. Raises ExportError, leaving no file, when the
     network cannot be exported or run, ParityError when the error exceeds `tolerance`; MemoryError or OSError where
     memory or disk ran out, whatever an exporter or runtime has made of it.
     """
     path, say = Path(path), on_event or (lambda line: None)
-    if path.suffix not in FORMATS:
-        raise ExportError(f"{path}: the suffix of an exported file is one of {', '.join(FORMATS)}")
-    kind, network = FORMATS[path.suffix], network.cpu().eval()
+    kind, network = find_format(path.suffix), network.cpu().eval()
+    size = check_size(network, path.suffix, size)
     if photo.ndim != 4 or photo.shape[:2] != (1, network.in_channels):
         raise ValueError(f"the photo is (1, {network.in_channels}, H, W), got {tuple(photo.shape)}")
-    metadata = {"format": kind.name, "size_multiple": str(network.size_multiple), "upscale": str(network.upscale),
-                "channels": str(network.in_channels)}
+    metadata = {"format": kind.name, **describe_network(network, size)}
     taken = sorted(set(metadata) & set(facts or {}))
     if taken:
         raise ValueError(f"facts may not be called {', '.join(taken)}; these names describe the file")
     with atomic_path(path) as temporary:
         say("export: tracing the network; each kind of block takes a few seconds")
         with _translated(f"the network cannot be exported to {path.suffix}"):
-            kind.write(network, temporary, {**metadata, **(facts or {})}, say)
+            kind.write(network, temporary, {**metadata, **(facts or {})}, size, say)
         say("export: comparing the file with PyTorch")
         with _translated("the exported file does not run"):
-            error = measure_parity(network, kind.open(temporary, None).run, photo=photo)
+            openers = [RUNTIMES[name][1] for name in runtimes] or [kind.open]
+            error = measure_parity(network, *(opener(temporary, None).run for opener in openers), photo=photo, size=size)
         if not error <= tolerance:
             raise ParityError(f"{path.name}: its runtime differs from PyTorch by {error:.1e} relative, more than "
                               f"{tolerance:.0e}; the file was not kept")
     return error
+
+
+def describe_network(network: Network, size: Size | None = None) -> dict[str, str]:
+    """What a file says of its input and output, a size only where it is fixed."""
+    known = {"size_multiple": network.size_multiple, "upscale": network.upscale, "channels": network.in_channels}
+    fixed = dict(zip(("height", "width"), size, strict=True)) if size else {}
+    return {key: str(value) for key, value in {**known, **fixed}.items()}
 
 
 @contextmanager
@@ -117,27 +208,31 @@ def _translated(what: str) -> Iterator[None]:
         raise ExportError(f"{what}: {first_line(failure.__cause__ or failure)}") from failure
 
 
-def measure_parity(network: Network, run: Callable[[Tensor], Tensor], *, photo: Tensor) -> float:
-    """Largest relative error ‖a−b‖/‖b‖ of `run` against `network.restore`, NaN where one is; ExportError for shapes.
+def measure_parity(network: Network, *runs: Callable[[Tensor], Tensor], photo: Tensor,
+                   size: Size | None = None) -> float:
+    """Largest relative error ‖a−b‖/‖b‖ of `runs` against `network.restore`, NaN where one is; ExportError for shapes.
 
     Beyond twice PyTorch's own error, its distance from float64: where a norm divides almost nothing by almost nothing,
     on a border of a black area, two right results may differ by more than any tolerance.
     """
     errors = []
-    for image in parity_images(network, photo):
+    for image in parity_images(network, photo, size):
         with torch.no_grad():
             expected = network.restore(image)
-        got = run(image)
-        if got.shape != expected.shape:
-            raise ExportError(f"the exported file gives {tuple(got.shape)} for {tuple(image.shape)}, the network "
-                              f"{tuple(expected.shape)}")
-        # An output of nothing but zeros has no relative error: one least significant bit of 16 is the scale then.
-        scale = expected.norm().clamp_min(expected.numel() ** 0.5 / 65535)
-        error = (got - expected).norm() / scale
-        if error > _ROUNDING:
-            error = (error - 2 * _own_error(network, image, expected) / scale).clamp_min(0)
-        errors.append(error)
+        errors += [_compare(network, image, expected, run(image)) for run in runs]
     return float(torch.stack(errors).max())
+
+
+def _compare(network: Network, image: Tensor, expected: Tensor, got: Tensor) -> Tensor:
+    if got.shape != expected.shape:
+        raise ExportError(f"the exported file gives {tuple(got.shape)} for {tuple(image.shape)}, the network "
+                          f"{tuple(expected.shape)}")
+    # An output of nothing but zeros has no relative error: one least significant bit of 16 is the scale then.
+    scale = expected.norm().clamp_min(expected.numel() ** 0.5 / 65535)
+    error = (got - expected).norm() / scale
+    if error > _ROUNDING:
+        error = (error - 2 * _own_error(network, image, expected) / scale).clamp_min(0)
+    return error
 
 
 def _own_error(network: Network, image: Tensor, expected: Tensor) -> Tensor:
@@ -151,60 +246,17 @@ def _own_error(network: Network, image: Tensor, expected: Tensor) -> Tensor:
     return (expected - exact).norm().float()
 
 
-def parity_images(network: Network, photo: Tensor) -> list[Tensor]:
-    """What an exported file is compared on: noise of three sizes, black, white, constant, half-black, and the photo."""
-    generator, multiple = torch.Generator().manual_seed(0), network.size_multiple
-    sizes = [(max(multiple, height // multiple * multiple), max(multiple, width // multiple * multiple))
-             for height, width in ((64, 64), (48, 88), (8, 16))]
-    images = [torch.rand(1, network.in_channels, height, width, generator=generator) for height, width in sizes]
-    flat = [torch.full_like(images[1], value) for value in (0.0, 1.0, 0.5)]
-    half = images[1].clone()
-    half[..., : half.shape[-1] // 2] = 0
-    return [*images, *flat, half,
-            pad_to_multiple(photo[..., :_LARGEST_PHOTO_PX, :_LARGEST_PHOTO_PX].float(), multiple)]
-
-
-def write_card(path: str | Path, facts: Mapping[str, str], *, model: str) -> None:
-    """Write the YAML card of an exported file: `facts`, its hash, its input and output, and how to run it.
-
-    A file with a selective scan gets a note that it is slow. `model` is the name of the ONNX file beside the card.
+def parity_images(network: Network, photo: Tensor, size: Size | None = None) -> list[Tensor]:
+    """What an exported file is compared on: noise of three sizes, black, white, constant, half-black, and the photo;
+    all of one `size` where the file's is fixed.
     """
-    path = Path(path)
-    import onnx
-
-    data = (path.parent / model).read_bytes()
-    proto = onnx.load_from_string(data)
-    metadata = {entry.key: entry.value for entry in proto.metadata_props}
-    multiple, upscale, channels = (int(metadata[key]) for key in ("size_multiple", "upscale", "channels"))
-    note = {"note": _SLOW_NOTE} if any(node.op_type == "Scan" for node in proto.graph.node) else {}
-    card = {"model": model, "model_sha256": hashlib.sha256(data).hexdigest(), **facts, **note,
-            "input": f"image: float32 (1, {channels}, H, W), RGB in [0, 1], H and W multiples of {multiple}",
-            "output": f"restored: float32 (1, {channels}, {upscale}·H, {upscale}·W)",
-            "run": _RUN.format(model=model, mode={1: "L", 3: "RGB"}.get(channels, "RGB"), multiple=multiple,
-                               upscale=upscale)}
-    text = yaml.dump(card, Dumper=_CardDumper, sort_keys=False, allow_unicode=True, width=1000)
-    write_atomic(path, text.encode())
-
-
-_SLOW_NOTE = ("a selective scan in this file runs as an ONNX Scan, pixel after pixel: correct, and slow. The "
-              ".safetensors file in ens, or a hybrid without selective scans, is many times faster")
-_RUN = """\
-import numpy as np, onnxruntime, PIL.Image
-photo = np.atleast_3d(np.asarray(PIL.Image.open("in.png").convert("{mode}"), np.float32)) / 255
-height, width = photo.shape[:2]
-for axis, pad in ((1, -width % {multiple}), (0, -height % {multiple})):
-    widths = [(0, pad if side == axis else 0) for side in range(3)]
-    photo = np.pad(photo, widths, "reflect" if pad < photo.shape[axis] else "edge")
-padded = photo.transpose(2, 0, 1)
-restored = onnxruntime.InferenceSession("{model}").run(None, {{"image": padded[None]}})[0][0].transpose(1, 2, 0)
-restored = (restored[:height * {upscale}, :width * {upscale}].clip(0, 1) * 255).round().astype("uint8").squeeze()
-PIL.Image.fromarray(restored).save("out.png")
-"""
-
-
-class _CardDumper(yaml.SafeDumper):
-    """Text of several lines as a block, so that the snippet can be copied."""
-
-
-_CardDumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(
-    "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None))
+    generator, multiple = torch.Generator().manual_seed(0), network.size_multiple
+    sizes = [size] if size else [(max(multiple, height // multiple * multiple), max(multiple, width // multiple *
+                                  multiple)) for height, width in ((64, 64), (48, 88), (8, 16))]
+    images = [torch.rand(1, network.in_channels, height, width, generator=generator) for height, width in sizes]
+    flat = [torch.full_like(images[len(images) // 2], value) for value in (0.0, 1.0, 0.5)]
+    half = images[len(images) // 2].clone()
+    half[..., : half.shape[-1] // 2] = 0
+    height, width = size or (_LARGEST_PHOTO_PX, _LARGEST_PHOTO_PX)
+    part = photo[..., :height, :width].float()
+    return [*images, *flat, half, pad_to_size(part, size) if size else pad_to_multiple(part, multiple)]

@@ -1,4 +1,4 @@
-"""ONNX: a network as a graph with free height and width, and its file in ONNX Runtime.
+"""ONNX: a network as a graph for images of one size or of any, and its file in ONNX Runtime.
 
 Shapes: image (1, C, H, W) in [0, 1], H and W multiples of `size_multiple` -> (1, C, H·upscale, W·upscale).
 """
@@ -6,13 +6,9 @@ Shapes: image (1, C, H, W) in [0, 1], H and W multiples of `size_multiple` -> (1
 from __future__ import annotations
 
 import contextlib
-import gc
-import io
-import logging
 import re
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +21,14 @@ from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.fx.experimental import _config as shapes_config
 
 from ens.export.graph import replace_node, tidy_graph
 from ens.export.repeats import Block, copy_blocks, hide_weights, list_kinds, marked
+from ens.export.torch_export import EXAMPLE_PX, LARGEST_SIDE, Size, hushed, quickened
 from ens.networks.steps import Network
 
 OPSET = 20
 """GELU is one operator from here on; below it ONNX Runtime is a tenth slower, above it is not faster (measured)."""
-_LARGEST_SIDE = 65536
-_EXAMPLE_PX = (640, 1152)
-"""Sides of the traced image: different ones, and so large that windows of 32 pixels in the deepest level are different
-numbers above 1 too. What is 1 in the example, or equal, a tracer may take to be so always."""
 _RULES = (rules.reshape_reshape_rule, rules.transpose_transpose_rule, rules.unsqueeze_unsqueeze_rule,
           rules.no_op_transpose_rule, rules.no_op_cast_rule, rules.no_op_expand_rule, rules.cast_cast_rule,
           rules.collapse_slice_rule, rules.collapse_slice2_rule, rules.slice_split_rule,
@@ -62,17 +54,18 @@ class _Restore(nn.Module):
         return self.network.restore(image.reshape(1, self.network.in_channels, height, width))
 
 
-def write_onnx(network: Network, path: Path, metadata: Mapping[str, str], on_event: Callable[[str], None]) -> None:
-    """Write the network with `metadata` beside its graph; `on_event` gets a line a step.
+def write_onnx(network: Network, path: Path, metadata: Mapping[str, str], size: Size | None,
+               on_event: Callable[[str], None]) -> None:
+    """Write the network with `metadata` beside its graph, for images of one size or of any (None).
 
-    Raises whatever the exporter meets.
+    `on_event` gets a line a step. Raises whatever the exporter meets.
     """
     kinds = list_kinds(network)
     model = _trace(network, kinds, on_event)
     on_event("export: simplifying the graph")
-    with _hushed():
+    with hushed():
         passes.InlinePass()(model)
-        _join_units(model.graph, network.size_multiple)
+        _join_units(model.graph, network.size_multiple, size)
         hide_weights(model.graph, kinds)
         simplify_graph(model)
         copy_blocks(model.graph, kinds)
@@ -91,10 +84,10 @@ def _trace(network: Network, kinds: Sequence[Sequence[Block]], on_event: Callabl
         with contextlib.redirect_stdout(stdout):
             on_event(line)
 
-    height, width = (max(least, side // multiple) for least, side in zip((6, 9), _EXAMPLE_PX, strict=True))
+    height, width = (max(least, side // multiple) for least, side in zip((6, 9), EXAMPLE_PX, strict=True))
     example = torch.zeros(1, network.in_channels, height, multiple, width, multiple)
-    units = {axis: Dim(name, min=1, max=_LARGEST_SIDE // multiple) for axis, name in ((2, "h"), (4, "w"))}
-    with torch.no_grad(), _hushed(), _quickened(), marked(network, kinds, say):
+    units = {axis: Dim(name, min=1, max=LARGEST_SIDE // multiple) for axis, name in ((2, "h"), (4, "w"))}
+    with torch.no_grad(), hushed(), quickened(), marked(network, kinds, say):
         # Left to the exporter, a side that it cannot prove something of becomes a constant without a word.
         program = torch.export.export(_Restore(network).eval(), (example,), dynamic_shapes={"image": units},
                                       strict=False, prefer_deferred_runtime_asserts_over_guards=True)
@@ -105,23 +98,36 @@ def _trace(network: Network, kinds: Sequence[Sequence[Block]], on_event: Callabl
     return exported.model
 
 
-def _join_units(graph: ir.Graph, multiple: int) -> None:
-    """Make the input (1, C, H, W) again: the reshape goes, and a unit is a side divided by the multiple."""
+def _join_units(graph: ir.Graph, multiple: int, size: Size | None) -> None:
+    """Make the input (1, C, H, W) again: the reshape goes, and a unit is a side divided by the multiple.
+
+    Sides that are fixed are fixed here: blocks that repeat at several resolutions were traced as one.
+    """
     (units,) = graph.inputs
     (reshape,) = (node for node in units.consumers() if node.op_type == "Reshape")
     assert units.shape is not None
-    image = ir.Value(name=units.name, shape=ir.Shape([1, units.shape[1], "height", "width"]), type=units.type)
-    divisor = ir.Value(name="size_multiple", const_value=ir.tensor(np.array([multiple], np.int64)))
-    graph.register_initializer(divisor)
+    image = ir.Value(name=units.name, shape=ir.Shape([1, units.shape[1], *(size or ("height", "width"))]),
+                     type=units.type)
+    divisor = _add_number(graph, "size_multiple", multiple)
     for node in list(units.consumers()):
-        if node.op_type == "Shape":
-            axis = node.attributes["start"].as_int() // 2 + 1
+        if node.op_type != "Shape":
+            continue
+        axis = node.attributes["start"].as_int() // 2 + 1
+        if size:
+            replace_node(graph, node, _add_number(graph, f"{node.outputs[0].name}_fixed", size[axis - 2] // multiple))
+        else:
             side = ir.node("Shape", [image], {"start": axis, "end": axis + 1})
             unit = ir.node("Div", [side.outputs[0], divisor])
             graph.insert_before(node, [side, unit])
             replace_node(graph, node, unit.outputs[0])
     replace_node(graph, reshape, image)
     graph.inputs[:] = [image]
+
+
+def _add_number(graph: ir.Graph, name: str, number: int) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.tensor(np.array([number], np.int64)))
+    graph.register_initializer(value)
+    return value
 
 
 def simplify_graph(model: ir.Model) -> None:
@@ -165,39 +171,10 @@ def run_onnx(session: onnxruntime.InferenceSession, image: Tensor) -> Tensor:
 
 def release_onnx(session: onnxruntime.InferenceSession) -> None:
     """Give back what the runtime keeps for activations: all of the largest run so far, even of one that failed."""
-    name, (_, channels, _, _) = session.get_inputs()[0].name, session.get_inputs()[0].shape
-    side = int(session.get_modelmeta().custom_metadata_map["size_multiple"])
+    name, (_, channels, *sides) = session.get_inputs()[0].name, session.get_inputs()[0].shape
+    least = int(session.get_modelmeta().custom_metadata_map["size_multiple"])
+    height, width = (side if isinstance(side, int) else least for side in sides)
     options = onnxruntime.RunOptions()
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     # It does so at the end of a run only: of the smallest image that there is.
-    session.run(None, {name: np.zeros((1, channels, side, side), np.float32)}, options)
-
-
-@contextlib.contextmanager
-def _quickened() -> Iterator[None]:
-    """Without what costs a tracer more than it brings, a quarter of the time together (measured).
-
-    That is looking for garbage among millions of objects that stay, and asking whether a side might be 0 or 1, which
-    PyTorch's own exporter does not ask either.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with shapes_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-            yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """The exporter reports on itself in warnings, log lines and prints; only errors matter here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    session.run(None, {name: np.zeros((1, channels, height, width), np.float32)}, options)

@@ -182,8 +182,13 @@ def create_filling(spec: SlotSpec, choice: Choice) -> nn.Sequential:
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """Reflect on the right and bottom up to the next multiple; replicate where the pad is no smaller than the image."""
     height, width = image.shape[-2:]
-    for axis, pad in ((-1, -width % multiple), (-2, -height % multiple)):
-        if pad:
+    return pad_to_size(image, (height + -height % multiple, width + -width % multiple))
+
+
+def pad_to_size(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """As `pad_to_multiple` up to a height and width that the image does not exceed."""
+    for axis, side in ((-1, size[1]), (-2, size[0])):
+        if pad := side - image.shape[axis]:
             mode = "reflect" if pad < image.shape[axis] else "replicate"
             image = F.pad(image, (0, pad, 0, 0) if axis == -1 else (0, 0, 0, pad), mode=mode)
     return image
