@@ -160,7 +160,7 @@ def pareto(run: given.Run, objectives: Annotated[str, typer.Option(help=(
     """Print the front of a run and write it as CSV, Markdown, PNG and one HTML page."""
     from ens import pipeline
 
-    names = tuple(name.strip() for name in objectives.split(",") if name.strip())
+    names = given.parse_names(objectives)
     folder = _open(run, storage=storage)
     if unmark:
         folder.unmark(unmark)
@@ -193,31 +193,34 @@ def finetune(run: given.Run, pick: given.Pick = "knee", candidates: given.Candid
 
 
 @app.command()
-def export(run: given.Run, pick: given.Pick = "knee", storage: given.Storage = "") -> None:
-    """Write one hybrid as ONNX, safetensors and a card; checked in ONNX Runtime first."""
+def export(run: given.Run, pick: given.Pick = "knee", formats: given.Formats = "onnx", size: given.Size = "",
+           storage: given.Storage = "") -> None:
+    """Write one hybrid in one or several formats, each with a card; every file is checked in its own runtime first."""
     from ens import pipeline
 
+    names, sides = given.parse_names(formats), given.parse_size(size)
     with reporting() as control:
-        path = pipeline.export(_open(run, storage=storage), pick, control)
-    say(f"Exported: {path}")
+        paths = pipeline.export(_open(run, storage=storage), pick, control, formats=names, size=sides)
+    say("\n".join(f"Exported: {path}" for path in paths))
 
 
 @app.command()
 def restore(
-    model: Annotated[Path, typer.Argument(metavar="FILE", help="Exported .onnx file, hybrid or checkpoint.")],
+    model: Annotated[Path, typer.Argument(metavar="FILE", help="Exported file, hybrid or checkpoint.")],
     source: Annotated[Path, typer.Argument(metavar="IN", help="Image, or folder of images.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Image or folder to write.")],
     tile: Annotated[int | None, typer.Option(metavar="PX", min=1, help="Work in tiles of this size.")] = None,
     tile_overlap: Annotated[int | None, typer.Option(metavar="PX", min=0, help=(
         "Overlap of the tiles: 32, or half of a smaller tile, unless given."))] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", help="Threads of the runtime.")] = None,
+    threads: given.Threads = None, runtime: given.Runtime = "",
 ) -> None:
     """Restore an image, or every image of a folder."""
     from ens.runtime.session import open_session, restore_files
 
     with reporting() as control:
-        failures = restore_files(open_session(model, threads=threads), source, target, tile_px=tile,
-                                 overlap_px=tile_overlap, on_event=control.say,
+        session = open_session(model, threads=threads, runtime=runtime)
+        failures = restore_files(session, source, target, tile_px=tile, overlap_px=tile_overlap,
+                                 on_event=control.say,
                                  on_progress=lambda done, total, name: control.progress("restore", done, total, name))
     for failure in failures:
         complain(f"error: {failure}")
@@ -246,7 +249,7 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="Evaluation protocol instead of the task's own.")] = "",
     crop: Annotated[int | None, typer.Option(metavar="PX", help="Cut this square out of the centre first.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Take the first N images.")] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", help="Threads of an exported file's runtime.")] = None,
+    threads: given.Threads = None, runtime: given.Runtime = "",
 ) -> None:
     """Score a file on a folder of images: protocol, data, PSNR and SSIM."""
     from ens import pipeline
@@ -255,7 +258,7 @@ def evaluate(
     job = create_task(task)
     with reporting() as control:
         results = pipeline.evaluate(checkpoint, data, job, control, protocol=protocol, crop_px=crop, limit=limit,
-                                    threads=threads)
+                                    threads=threads, runtime=runtime)
     print_evaluation(results, str(job))
     if broken := results[0].broken:
         complain(f"error: {checkpoint}: {broken}")

@@ -22,6 +22,13 @@ Sizes = Annotated[str, typer.Option("--size", help="Sides of the image in px: 25
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads of the runtime.")]
 Repeats = Annotated[int, typer.Option(metavar="N", min=2, help="Times that each file runs.")]
 Candidates = Annotated[int | None, typer.Option(min=1, help="Hybrids to fine-tune: the pick and its nearest.")]
+Formats = Annotated[str, typer.Option("--format", metavar="NAMES", help=(
+    "One or several of onnx, openvino (the ONNX file, checked there too), pte (ExecuTorch), pt2 (torch.export)."))]
+Size = Annotated[str, typer.Option(metavar="HxW", help=(
+    "Fixed size of the image, for instance 256 or 192x256; else any, and 256 for pte, which cannot."))]
+Runtime = Annotated[str, typer.Option(help=(
+    "Runtime of an exported file: ort, openvino, openvino-default, executorch or torch; the format's own by default."))]
+Threads = Annotated[int | None, typer.Option(metavar="N", help="Threads of the runtime.")]
 Restart = Annotated[bool, typer.Option("--restart", help=(
     "Drop the state of an unfinished training, where it is damaged or of another recipe, and begin it again."))]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
@@ -38,3 +45,16 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
             raise ValueError(f"--size takes sides in px such as 256 or 480x640, several with commas, not {text!r}")
         sizes.append((int(height), int(width)))
     return sizes
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """The one size of `256` or `480x640`, None for nothing; raises ValueError."""
+    sizes = parse_sizes(text) if text else [None]
+    if len(sizes) > 1:
+        raise ValueError(f"--size takes one size here, not {text!r}")
+    return sizes[0]
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """The names of a list with commas."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

@@ -8,6 +8,7 @@ takes long to import is imported by the verb that needs it: a finished run ends 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from ens.distill.fit import start_processes, train_network
 from ens.distill.library import Library
 from ens.evaluate.evaluator import Evaluation, evaluate_protocols
 from ens.evaluate.protocols import find_protocol, task_protocols
-from ens.export.hybrid import load_hybrid, open_network, read_facts, save_hybrid
+from ens.export.hybrid import open_network, save_hybrid
 from ens.networks.checkpoints import remove_state, save_checkpoint
 from ens.pareto.selection import Front, check_any_valid
 from ens.run_folder import RunFolder
@@ -28,6 +29,7 @@ from ens.space import Genotype, Measurement, format_genotype
 
 if TYPE_CHECKING:
     from ens.evaluate.receptive_field import EnergyMap
+    from ens.export.torch_export import Size
 
 
 def train(run: RunFolder, control: Control = QUIET) -> None:
@@ -150,32 +152,29 @@ def _tune(run: RunFolder, genotype: Genotype, path: Path, control: Control) -> N
     remove_state(state)
 
 
-def export(run: RunFolder, pick: str = "knee", control: Control = QUIET) -> Path:
-    """Write one hybrid, its best fine-tuned weights where there are some, as ONNX, YAML card and, last, safetensors."""
-    from ens.export.formats import ExportError, ParityError, write_card, write_checked
+def export(run: RunFolder, pick: str = "knee", control: Control = QUIET, *, formats: Sequence[str] = ("onnx",),
+           size: Size | None = None) -> list[Path]:
+    """Write one hybrid, its best fine-tuned weights where there are some: a file and its card for each of `formats`
+    (names of EXPORTS), of a fixed `size` where it is given, and last the weights as safetensors.
+    """
+    from ens.export.card import export_file, list_targets
+    from ens.export.formats import ExportError, ParityError
 
-    genotype = run.pick(pick)
+    genotype, paths, targets = run.pick(pick), [], list_targets(run.skeleton, formats, size)
     run.hold()
-    tuned, target = run.best_tuned(genotype), run.hybrids.exported(genotype)
-    if not any(genotype) or tuned is None:
-        control.say("export: " + ("without fine-tuning; `ens finetune` first gives a better file" if any(genotype) else
-                                  "this genotype is the teacher itself, no slot is replaced"))
-    hybrid = load_hybrid(tuned) if tuned else run.build(genotype)
-    facts = read_facts(tuned) if tuned else run.facts(genotype, run.judge.judge(hybrid, "before"))
-    try:
-        parity = write_checked(hybrid, target, photo=run.validation.images[0].degraded[None], facts=facts,
-                               on_event=control.say)
-    except ParityError as error:
-        if tuned:  # the training may be to blame, not the genotype
-            raise ExportError(f"{error}; {target.stem} stays on the front: fine-tune it by another recipe") from error
-        run.mark_invalid(genotype, f"export failed: {error}")
-        raise ExportError(f"{error}; {target.stem} is marked invalid and leaves the front") from error
+    hybrid, facts = run.load_finished(genotype, control.say)
+    for suffix, runtimes, side in targets:
+        target = run.hybrids.exported(genotype, suffix, side)
+        try:
+            export_file(hybrid, target, photo=run.validation.images[0].degraded[None], facts=facts, size=side,
+                        runtimes=runtimes, on_event=control.say)
+        except ParityError as error:
+            raise ExportError(f"{error}; {run.blame(genotype, error, suffix)}") from error
+        paths.append(target)
     if genotype in run.archive.marked:
         run.mark_invalid(genotype, "")
-    write_card(target.with_suffix(".yaml"), {**facts, "onnx_relative_error": f"{parity:.1e}"}, model=target.name)
-    save_hybrid(target.with_suffix(".safetensors"), hybrid, choices=run.space.replaced(genotype), facts=facts)
-    control.say(f"export: {target} agrees with PyTorch to {parity:.1e}")
-    return target
+    save_hybrid(run.hybrids.weights(genotype), hybrid, choices=run.space.replaced(genotype), facts=facts)
+    return paths
 
 
 def run_all(run: RunFolder, control: Control = QUIET, *, pick: str = "knee") -> Path:
@@ -189,15 +188,16 @@ def run_all(run: RunFolder, control: Control = QUIET, *, pick: str = "knee") -> 
     if run.hybrids.is_exported(genotype, run.best_tuned(genotype)):
         control.say(f"export: skipped, {run.hybrids.exported(genotype)} is there")
         return run.hybrids.exported(genotype)
-    return export(run, format_genotype(genotype), control)
+    return export(run, format_genotype(genotype), control)[0]
 
 
 def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET, *, protocol: str = "",
-             crop_px: int | None = None, limit: int | None = None, threads: int | None = None) -> list[Evaluation]:
+             crop_px: int | None = None, limit: int | None = None, threads: int | None = None,
+             runtime: str = "") -> list[Evaluation]:
     """Score any file that holds a network, or `builtin:NAME`, by the named protocol or by all of the task's."""
     from ens.runtime.session import open_session
     rules = [find_protocol(protocol, scale=task.scale)] if protocol else task_protocols(task)
-    session = open_session(model, threads=threads)
+    session = open_session(model, threads=threads, runtime=runtime)
     if session.upscale != task.scale:
         raise ValueError(f"{model} enlarges {session.upscale} times, the task {task.scale} times")
     images = load_validation_set(data, task, channels=session.channels, crop_px=crop_px, limit=limit)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -196,6 +196,16 @@ class RunFolder(OpenedStudy):
         mark_invalid(self.storage, genotype, reason)
         self._archive = None
 
+    def blame(self, genotype: Genotype, error: Exception, suffix: str) -> str:
+        """Mark a genotype whose ONNX file differs from PyTorch, unless its own training may be to blame; say which."""
+        name = format_genotype(genotype)
+        if self.best_tuned(genotype):
+            return f"{name} stays on the front: fine-tune it by another recipe"
+        if suffix != ".onnx":
+            return f"{name} stays on the front: its other files may do"
+        self.mark_invalid(genotype, f"export failed: {error}")
+        return f"{name} is marked invalid and leaves the front"
+
     def unmark(self, text: str) -> None:
         """Put a genotype back that was marked invalid after its measurement; raises ValueError where it was not."""
         marked = self.archive.marked
@@ -242,6 +252,15 @@ class RunFolder(OpenedStudy):
                 **{slot.name: choice.label for slot, choice in
                    zip(self.space.slots, self.space.choices(genotype), strict=True)},
                 **{name: f"{mean_psnr_db(values):.3f}" for name, values in figures.items() if values}}
+
+    def load_finished(self, genotype: Genotype, say: Callable[[str], None]) -> tuple[Network, dict[str, str]]:
+        """The hybrid to export, fine-tuned where it was, and what its files say; it is said where it was not."""
+        if tuned := self.best_tuned(genotype):
+            return load_hybrid(tuned), read_facts(tuned)
+        say("export: " + ("without fine-tuning; `ens finetune` first gives a better file" if any(genotype) else
+                          "this genotype is the teacher itself, no slot is replaced"))
+        hybrid = self.build(genotype)
+        return hybrid, self.facts(genotype, self.judge.judge(hybrid, "before"))
 
     def slot_states(self, slot: str) -> dict[str, dict[str, tuple[Network, nn.Module | None]]]:
         """Choice -> state (teacher; before, distilled, fine-tuned) -> a network, and what fills the slot in it instead

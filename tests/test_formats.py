@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +23,12 @@ from ens.blocks import FAMILIES, create_stack
 from ens.blocks.directions import DirectionalScan
 from ens.blocks.vimm import MambaMixer
 from ens.data.images import read_photo, to_float
-from ens.export.formats import FORMATS, ExportError, ParityError, measure_parity, write_card, write_checked
+from ens.export.card import write_card
+from ens.export.formats import FORMATS, ExportError, ParityError, describe_network, measure_parity, write_checked
 from ens.export.hybrid import build_hybrid
 from ens.networks import create_network
-from ens.networks.steps import Network, SlotSpec, Step, create_filling
+from ens.networks.steps import Network, SlotSpec, Step, create_filling, pad_to_size
+from ens.runtime.session import SessionError, open_session
 from ens.runtime.tiling import restore_tiled
 from ens.space import Choice
 
@@ -131,10 +134,11 @@ def test_restormer_and_a_hybrid_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", SCANS)
 def test_selective_scans_export_as_one_scan_and_the_card_says_slow(tmp_path: Path, family: str) -> None:
     torch.manual_seed(0)
-    write_checked(OneSlot(family).eval(), tmp_path / "net.onnx", photo=photo(), tolerance=1e-5)
+    network = OneSlot(family).eval()
+    write_checked(network, tmp_path / "net.onnx", photo=photo(), tolerance=1e-5)
     assert operators(tmp_path / "net.onnx")["Scan"] == 1
-    write_card(tmp_path / "net.yaml", {}, model="net.onnx")
-    assert "slow" in yaml.safe_load((tmp_path / "net.yaml").read_text(encoding="utf-8"))["note"]
+    card = write_card(tmp_path / "net.onnx", {}, metadata=describe_network(network))
+    assert "slow" in yaml.safe_load(card.read_text(encoding="utf-8"))["note"]
 
 
 class Fickle(nn.Module):
@@ -221,8 +225,8 @@ def test_the_code_of_the_card_restores_a_photo_without_ens(tmp_path: Path, heigh
     network = OneSlot("identity", upscale=upscale).eval()
     write_checked(network, tmp_path / "net.onnx", photo=photo())
     facts = {"genotype": "0-1", "protocol": "denoise-color-awgn", "choice": Choice("mambair", 2).label}
-    write_card(tmp_path / "net.yaml", facts, model="net.onnx")
-    card = yaml.safe_load((tmp_path / "net.yaml").read_text(encoding="utf-8"))
+    path = write_card(tmp_path / "net.onnx", facts, metadata=describe_network(network))
+    card = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert card.items() >= facts.items()
     assert "ens" not in card["run"].replace("tensor", "") and "note" not in card
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
@@ -306,5 +310,39 @@ def test_memory_and_disk_that_run_out_blame_no_network(tmp_path: Path, monkeypat
 
 
 def test_another_suffix_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"net\.tflite: the suffix .* one of \.onnx"):
+    with pytest.raises(ExportError, match=r"the suffix .* one of \.onnx, .*not '\.tflite'"):
         write_checked(OneSlot("identity"), tmp_path / "net.tflite", photo=photo())
+
+
+def test_pt2_and_onnx_of_a_fixed_size_and_the_other_runtime_of_onnx(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = OneSlot("vssd").eval()
+    write_checked(network, tmp_path / "net.onnx", photo=photo(), size=(24, 32), runtimes=("ort", "openvino"))
+    write_checked(network, tmp_path / "net.pt2", photo=photo(), size=(24, 32))
+    image = torch.rand(1, 3, 61, 83)
+    expected = restore_tiled(open_session(tmp_path / "net.onnx").run, image, tile_px=24, size_multiple=2)
+    for name, runtime in (("net.onnx", ""), ("net.onnx", "openvino"), ("net.pt2", "")):
+        session = open_session(tmp_path / name, runtime=runtime)
+        assert session.largest_px == 24 and session.facts["format"].startswith("ens ")
+        assert (session.restore(image) - expected).norm() <= 1e-4 * expected.norm()
+        small = session.restore(image[..., :24, :20])
+        with torch.no_grad():
+            assert torch.allclose(small, network.restore(pad_to_size(image[..., :24, :20], (24, 32)))[..., :20],
+                                  atol=1e-4)
+        with pytest.raises(ValueError, match="up to 24 px; tiles of 26 px"):
+            session.fit(26, 0)
+    with pytest.raises(ExportError, match="multiples of 2, not 25x32"):
+        write_checked(network, tmp_path / "odd.onnx", photo=photo(), size=(25, 32))
+
+
+def test_a_pt2_file_that_could_run_code_is_refused(tmp_path: Path) -> None:
+    """What torch.export.load would unpickle, call or evaluate."""
+    write_checked(OneSlot("identity").eval(), tmp_path / "net.pt2", photo=photo(), size=(16, 16))
+    changes = [(b'"use_pickle": false', b'"use_pickle": true'), (b"torch.ops.aten.conv2d.default", b"torch.hub.load"),
+               (b'"sizes": [{"as_int": 1}', b'"sizes": [{"as_expr": {"expr_str": "exit()"}}')]
+    for number, (old, new) in enumerate(changes):
+        with zipfile.ZipFile(tmp_path / "net.pt2") as good, zipfile.ZipFile(tmp_path / f"{number}.pt2", "w") as bad:
+            for name in good.namelist():
+                bad.writestr(name, good.read(name).replace(old, new))
+        with pytest.raises(SessionError, match=r"pickle|torch\.hub\.load|no formula"):
+            open_session(tmp_path / f"{number}.pt2")

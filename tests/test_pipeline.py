@@ -71,7 +71,7 @@ def test_one_command_leaves_every_file(finished: tuple[StudyConfig, Path, Path])
     for name in ("study.yaml", "archive.db", "front.csv", "front.md", "front.png", "report.html",
                  "teacher/teacher.safetensors", "library/manifest.json"):
         assert (out / name).stat().st_size > 0, name
-    assert onnx.exists() and onnx.with_suffix(".safetensors").exists() and onnx.with_suffix(".yaml").exists()
+    assert onnx.exists() and onnx.with_suffix(".safetensors").exists() and onnx.with_name(f"{onnx.name}.yaml").exists()
 
 
 def test_exhaustive_search_of_two_slots_equals_a_brute_force_without_cache(
@@ -141,7 +141,7 @@ def test_a_hybrid_whose_file_differs_leaves_the_front_stays_visible_and_comes_ba
     text = format_genotype(genotype)
     for come_back in (lambda: pipeline.export(run, text), lambda: run.unmark(text)):
         with monkeypatch.context() as patch, pytest.raises(ExportError, match=f"{text} is marked invalid"):
-            patch.setattr("ens.export.formats.write_checked", failing(ParityError("differs by 1e-2")))
+            patch.setattr("ens.export.card.write_checked", failing(ParityError("differs by 1e-2")))
             pipeline.export(run, text)
         assert genotype not in [member.genotype for member in run.front().members]
         (invalid,) = [measurement for measurement in run.archive.measurements() if not measurement.valid]
@@ -163,7 +163,7 @@ def test_no_other_failure_of_an_export_speaks_against_a_genotype(
     run = copied(out, tmp_path)
     text = next(format_genotype(member.genotype) for member in run.front().members
                 if (format_genotype(member.genotype) != onnx.stem) == untuned)
-    monkeypatch.setattr("ens.export.formats.write_checked", failing(error))
+    monkeypatch.setattr("ens.export.card.write_checked", failing(error))
     with pytest.raises(type(error) if untuned else ExportError) as raised:
         pipeline.export(run, text)
     assert run.archive.marked == {} and all(measurement.valid for measurement in run.archive.measurements())

@@ -6,23 +6,49 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import onnx
 import yaml
 from torch import Tensor
 
 from ens.atomic import write_atomic
-from ens.export.formats import check_size, describe_network, find_format, open_file, parity_images, write_checked
+from ens.export.formats import (
+    ExportError,
+    check_size,
+    describe_network,
+    find_format,
+    open_file,
+    parity_images,
+    write_checked,
+)
 from ens.export.torch_export import Size
 from ens.networks.steps import Network
 
+EXPORTS: dict[str, tuple[str, str]] = {
+    "onnx": (".onnx", "ort"),
+    "openvino": (".onnx", "openvino"),  # the same file, checked in this runtime too
+    "pt2": (".pt2", "torch"),
+}
+"""Name of a format on the command line -> suffix of its file and the runtime that checks it."""
+
+
+def list_targets(network: Network, names: Sequence[str],
+                 size: Size | None) -> list[tuple[str, list[str], Size | None]]:
+    """What to write for the named formats: suffix, runtimes that check it, size. Raises ExportError for what cannot be.
+    """
+    runtimes: dict[str, list[str]] = {}
+    for name in names:
+        if name not in EXPORTS:
+            raise ExportError(f"no format {name!r}; allowed: {', '.join(EXPORTS)}")
+        suffix, runtime = EXPORTS[name]
+        runtimes.setdefault(suffix, []).append(runtime)
+    return [(suffix, found, check_size(network, suffix, size)) for suffix, found in runtimes.items()]
+
 
 def export_file(network: Network, path: Path, *, photo: Tensor, facts: Mapping[str, str], size: Size | None = None,
-                runtimes: Sequence[str] = (), on_event: Callable[[str], None]) -> float:
-    """Write a file by `write_checked`, then its card with the relative error; return that. Raises ExportError.
+                runtimes: Sequence[str] = (), on_event: Callable[[str], None]) -> None:
+    """Write a file by `write_checked`, then its card with the relative error. Raises ExportError.
 
     Of OpenVINO the card also says how far the device's default precision is off, which nothing is demanded of.
     """
-    size = check_size(network, path.suffix, size)
     error = write_checked(network, path, photo=photo, facts=facts, size=size, runtimes=runtimes, on_event=on_event)
     known = {**facts, "runtimes": ", ".join(runtimes), "relative_error": f"{error:.1e}"}
     if "openvino" in runtimes:
@@ -30,7 +56,7 @@ def export_file(network: Network, path: Path, *, photo: Tensor, facts: Mapping[s
         exact, default = (open_file(path, runtime=name).run(image) for name in ("openvino", "openvino-default"))
         known["openvino_default_precision_deviation"] = f"{float((default - exact).norm() / exact.norm()):.1e}"
     write_card(path, known, metadata=describe_network(network, size))
-    return error
+    on_event(f"export: {path} agrees with PyTorch to {error:.1e}")
 
 
 def write_card(model: str | Path, facts: Mapping[str, str], *, metadata: Mapping[str, str]) -> Path:
@@ -55,14 +81,26 @@ def write_card(model: str | Path, facts: Mapping[str, str], *, metadata: Mapping
                                width=fixed[1] if fixed else f"width + -width % {multiple}",
                                restore=find_format(model.suffix).snippet.format(model=model.name))}
     text = yaml.dump(card, Dumper=_CardDumper, sort_keys=False, allow_unicode=True, width=1000)
-    path = model.with_name(f"{model.name}.yaml")
+    path = _name_card(model)
     write_atomic(path, text.encode())
     return path
+
+
+def read_card(model: Path) -> dict[str, str]:
+    """What the card of an exported file says; nothing where there is none."""
+    path = _name_card(model)
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _name_card(model: Path) -> Path:
+    return model.with_name(f"{model.name}.yaml")
 
 
 def _holds_scan(model: Path, data: bytes) -> bool:
     if model.suffix != ".onnx":
         return False
+    import onnx
+
     return any(node.op_type == "Scan" for node in onnx.load_from_string(data).graph.node)
 
 

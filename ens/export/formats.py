@@ -182,7 +182,8 @@ def write_checked(network: Network, path: str | Path, *, photo: Tensor, toleranc
         say("export: comparing the file with PyTorch")
         with _translated("the exported file does not run"):
             openers = [RUNTIMES[name][1] for name in runtimes] or [kind.open]
-            error = measure_parity(network, *(opener(temporary, None).run for opener in openers), photo=photo, size=size)
+            opened = [opener(temporary, None).run for opener in openers]
+            error = measure_parity(network, *opened, photo=photo, size=size)
         if not error <= tolerance:
             raise ParityError(f"{path.name}: its runtime differs from PyTorch by {error:.1e} relative, more than "
                               f"{tolerance:.0e}; the file was not kept")

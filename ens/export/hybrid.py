@@ -11,6 +11,7 @@ from torch import nn
 
 from ens.atomic import write_atomic
 from ens.distill.library import open_library
+from ens.export.card import read_card
 from ens.networks.checkpoints import (
     check_hash,
     describe_recipe,
@@ -77,7 +78,7 @@ def load_hybrid(path: str | Path) -> Network:
 
 
 class HybridFiles:
-    """Where the hybrids of a run are: `finetune/GENOTYPE-RECIPE.safetensors` and `export/GENOTYPE.onnx`."""
+    """Where the hybrids of a run are: `finetune/GENOTYPE-RECIPE.safetensors`, `export/GENOTYPE.onnx` and others."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,15 +91,20 @@ class HybridFiles:
         """Every fine-tuned hybrid, by name."""
         return sorted((self.folder / "finetune").glob("*.safetensors"))
 
-    def exported(self, genotype: Genotype) -> Path:
-        """The exported ONNX file; its weights and card have the same stem."""
-        return self.folder / "export" / f"{format_genotype(genotype)}.onnx"
+    def exported(self, genotype: Genotype, suffix: str = ".onnx", size: tuple[int, int] | None = None) -> Path:
+        """The exported file of a format; one of a fixed size (height, width) has it in its name."""
+        fixed = f"-{size[0]}x{size[1]}" if size else ""
+        return self.folder / "export" / f"{format_genotype(genotype)}{fixed}{suffix}"
+
+    def weights(self, genotype: Genotype) -> Path:
+        """The exported weights as safetensors, written after every other file."""
+        return self.exported(genotype, ".safetensors")
 
     def is_exported(self, genotype: Genotype, tuned: Path | None) -> bool:
-        """Whether the exported file holds these fine-tuned weights."""
-        target = self.exported(genotype)
-        weights = target.with_suffix(".safetensors")
-        return tuned is not None and target.exists() and weights.exists() and read_facts(weights) == read_facts(tuned)
+        """Whether the exported ONNX file holds these fine-tuned weights."""
+        model = self.exported(genotype)
+        return (tuned is not None and model.exists() and self.weights(genotype).exists()
+                and read_facts(tuned).items() <= read_card(model).items())
 
 
 def read_facts(path: str | Path) -> dict[str, str]:

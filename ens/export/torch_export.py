@@ -106,7 +106,7 @@ _FILE = re.compile(r"[^/]+/(data/(weights|constants)/(weight|tensor)_\d+|data/(w
 _CALL = re.compile(r"torch\.ops\.(aten|higher_order)\.\w+(\.\w+)?|_operator\.\w+|torch\.sym_\w+|math\.\w+|"
                    r"torch\._sym_\w+")
 _TERM = re.compile(r"Symbol\('\w+'|[A-Z]\w*(?=\()|(positive|integer|nonnegative)=True|true|false|True|False|"
-                   r"-?\d+(\.\d+)?(e-?\d+)?|'\d[\d.e-]*'|precision=\d+|\boo\b|[su]\d+|[(), ]|[-+*/<>=]")
+                   r"-?\d+(\.\d+)?(e-?\d+)?|'-?\d[\d.e-]*'|precision=\d+|\boo\b|[su]\d+|[(), ]|[-+*/<>=]")
 
 
 def _check_harmless(data: bytes) -> None:

@@ -26,10 +26,11 @@ from ens.data.images import (
     write_photo,
 )
 from ens.export.failures import first_line, translating
-from ens.export.formats import FORMATS
+from ens.export.formats import FORMATS, ExportError, open_file
 from ens.export.hybrid import open_network, read_facts
+from ens.networks.steps import pad_to_size
 from ens.networks.weight_files import reject_impostors
-from ens.runtime.tiling import Restore, Tiles, fit_tiles, restore_padded, restore_within_memory
+from ens.runtime.tiling import Restore, Tiles, fit_tiles, restore_padded, restore_tiled, restore_within_memory
 from ens.shortage import is_memory_error
 from ens.space import BUILTIN
 
@@ -55,16 +56,35 @@ class Session:
     channels: int
     facts: dict[str, str]
     release: Callable[[], None] = lambda: None
+    largest_px: int | None = None
+    """Side of the largest square that `run` takes, where the file's size is fixed; larger images go in tiles."""
 
     def restore(self, image: Tensor) -> Tensor:
         """(B, channels, H, W) float32 in [0, 1], any H and W -> (B, channels, H·upscale, W·upscale)."""
         with translating():
-            return torch.cat([restore_padded(self.run, part, size_multiple=self.size_multiple, upscale=self.upscale)
-                              for part in image.split(1)])
+            return torch.cat([self._restore(part) for part in image.split(1)])
+
+    def _restore(self, image: Tensor) -> Tensor:
+        if self.largest_px and max(image.shape[-2:]) > self.largest_px:
+            return restore_tiled(self.run, image, tile_px=self.largest_px, size_multiple=self.size_multiple,
+                                 upscale=self.upscale)
+        return restore_padded(self.run, image, size_multiple=self.size_multiple, upscale=self.upscale)
+
+    def fit(self, tile_px: int | None, overlap_px: int | None) -> Tiles | None:
+        """The tiles to work in, None for an image in one piece; raises ValueError for tiles that cannot be."""
+        side = tile_px or self.largest_px
+        if side is None:
+            return None
+        tiles = fit_tiles(side, overlap_px=overlap_px, size_multiple=self.size_multiple)
+        if self.largest_px and tiles.tile_px > self.largest_px:
+            raise ValueError(f"the file takes images of up to {self.largest_px} px; tiles of {tiles.tile_px} px that "
+                             f"overlap by {tiles.overlap_px} px are larger")
+        return tiles
 
 
-def open_session(path: str | Path, *, threads: int | None = None) -> Session:
-    """Open an exported file in its runtime, or a hybrid, checkpoint or `builtin:NAME` in PyTorch (CPU).
+def open_session(path: str | Path, *, threads: int | None = None, runtime: str = "") -> Session:
+    """Open an exported file in its runtime (or in `runtime`, one of RUNTIMES), or a hybrid, checkpoint or
+    `builtin:NAME` in PyTorch (CPU).
 
     `threads` limits the runtime's threads (PyTorch's, for the whole process). Raises SessionError for a file of
     another kind and CheckpointError for one that is absent, damaged or something else under a false name.
@@ -72,23 +92,25 @@ def open_session(path: str | Path, *, threads: int | None = None) -> Session:
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if str(path).startswith(BUILTIN):
-        session = _open_weights(path, threads)
+        session = _open_weights(path, threads, runtime)
     else:
         path = Path(path)
         opener = _OPENERS.get(path.suffix.lower())
         if opener is None:
             raise SessionError(f"{path}: cannot be opened; the suffix is one of {', '.join(_OPENERS)}")
-        session = opener(path, threads)
+        session = opener(path, threads, runtime)
     # OpenMP ends the process where memory is too short for a thread: PyTorch's are started while there is some.
     torch.zeros(2**20).add_(1)
     return session
 
 
-def _open_exported(path: Path, threads: int | None) -> Session:
+def _open_exported(path: Path, threads: int | None, runtime: str) -> Session:
     reject_impostors(path)
     try:
         with translating():
-            opened = FORMATS[path.suffix.lower()].open(path, threads)
+            opened = open_file(path, threads, runtime=runtime)
+    except ExportError as error:  # the runtime is at fault, not the file
+        raise SessionError(f"{path}: {error}") from None
     except FileNotFoundError as error:
         raise SessionError(f"{path}: {error}") from None
     except (MemoryError, OSError):
@@ -98,12 +120,28 @@ def _open_exported(path: Path, threads: int | None) -> Session:
     facts = dict(opened.metadata)
     try:
         size_multiple, upscale, channels = (int(facts.pop(key)) for key in ("size_multiple", "upscale", "channels"))
+        size = (int(facts.pop("height")), int(facts.pop("width"))) if "height" in facts else None
     except (KeyError, ValueError) as error:
         raise SessionError(f"{path}: was not exported by ens (no {error} in its metadata)") from None
-    return Session(opened.run, size_multiple, upscale, channels, facts, opened.release)
+    if size is None:
+        return Session(opened.run, size_multiple, upscale, channels, facts, opened.release)
+    return Session(_fill_up(opened.run, size, upscale), size_multiple, upscale, channels, facts, opened.release,
+                   largest_px=min(size))
 
 
-def _open_weights(path: Path | str, threads: int | None) -> Session:
+def _fill_up(run: Restore, size: tuple[int, int], upscale: int) -> Restore:
+    """`run`, which takes images of one size, for those that are no larger."""
+    def restore(image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        if height > size[0] or width > size[1]:
+            raise ValueError(f"the file takes images of up to {size[0]}x{size[1]}, not {height}x{width}")
+        return run(pad_to_size(image, size))[..., :height * upscale, :width * upscale]
+    return restore
+
+
+def _open_weights(path: Path | str, threads: int | None, runtime: str) -> Session:
+    if runtime not in ("", "torch"):
+        raise SessionError(f"{path}: holds weights, which PyTorch runs; `ens export` makes files for {runtime}")
     network = open_network(path)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -116,7 +154,7 @@ def _open_weights(path: Path | str, threads: int | None) -> Session:
                    {} if str(path).startswith(BUILTIN) else read_facts(path))
 
 
-_OPENERS: dict[str, Callable[[Path, int | None], Session]] = {
+_OPENERS: dict[str, Callable[[Path, int | None, str], Session]] = {
     **dict.fromkeys(FORMATS, _open_exported),
     **dict.fromkeys((".safetensors", ".pth", ".pt", ".ckpt"), _open_weights)}
 
@@ -130,7 +168,7 @@ def restore_photo(session: Session, photo: Photo, *, tile_px: int | None = None,
     Beside the pixels of the photo and of the result, memory is taken for one row of tiles. Raises ValueError for a
     network that takes neither one nor three channels, MemoryError where the smallest tile is too much.
     """
-    tiles = None if tile_px is None else fit_tiles(tile_px, overlap_px=overlap_px, size_multiple=session.size_multiple)
+    tiles = session.fit(tile_px, overlap_px)
     return _restore(session, photo, tiles, on_event or (lambda line: None))
 
 
@@ -181,8 +219,8 @@ def restore_files(session: Session, source: str | Path, target: str | Path, *, t
     source, target, say = Path(source), Path(target), on_event or (lambda line: None)
     paths = list_images(source) if source.is_dir() else [source]
     _check_target(source, target, paths)
-    tiles = None if tile_px is None else fit_tiles(tile_px, overlap_px=overlap_px, size_multiple=session.size_multiple)
-    if tiles is not None and tiles.tile_px > (tile_px or 0):
+    tiles = session.fit(tile_px, overlap_px)
+    if tiles is not None and tile_px and tiles.tile_px > tile_px:
         say(f"tiles of {tiles.tile_px} px instead of {tile_px}: they start at multiples of {tiles.size_multiple} px "
             f"and overlap by {tiles.overlap_px}")
     if source.is_dir() and (skipped := list_skipped(source)):
