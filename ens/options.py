@@ -28,7 +28,6 @@ Size = Annotated[str, typer.Option(metavar="HxW", help=(
     "Fixed size of the image, for instance 256 or 192x256; else any, and 256 for pte, which cannot."))]
 Runtime = Annotated[str, typer.Option(help=(
     "Runtime of an exported file: ort, openvino, openvino-default, executorch or torch; the format's own by default."))]
-Threads = Annotated[int | None, typer.Option(metavar="N", help="Threads of the runtime.")]
 Restart = Annotated[bool, typer.Option("--restart", help=(
     "Drop the state of an unfinished training, where it is damaged or of another recipe, and begin it again."))]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
@@ -49,7 +48,7 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
 
 def parse_size(text: str) -> tuple[int, int] | None:
     """The one size of `256` or `480x640`, None for nothing; raises ValueError."""
-    sizes = parse_sizes(text) if text else [None]
+    sizes: list[tuple[int, int] | None] = [*parse_sizes(text)] if text else [None]
     if len(sizes) > 1:
         raise ValueError(f"--size takes one size here, not {text!r}")
     return sizes[0]
