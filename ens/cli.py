@@ -194,13 +194,16 @@ def finetune(run: given.Run, pick: given.Pick = "knee", candidates: given.Candid
 
 @app.command()
 def export(run: given.Run, pick: given.Pick = "knee", formats: given.Formats = "onnx", size: given.Size = "",
+           int8: given.Int8 = False, bundle: given.Bundle = False, plain: given.Plain = False,
            storage: given.Storage = "") -> None:
     """Write one hybrid in one or several formats, each with a card; every file is checked in its own runtime first."""
     from ens import pipeline
 
     names, sides = given.parse_names(formats), given.parse_size(size)
+    beside = [name for name, wanted in {"int8": int8, "bundle": bundle, "plain": plain}.items() if wanted]
     with reporting() as control:
-        paths = pipeline.export(_open(run, storage=storage), pick, control, formats=names, size=sides)
+        paths = pipeline.export(_open(run, storage=storage), pick, control, formats=names, size=sides,
+                                companions=beside)
     say("\n".join(f"Exported: {path}" for path in paths))
 
 
@@ -209,10 +212,8 @@ def restore(
     model: Annotated[Path, typer.Argument(metavar="FILE", help="Exported file, hybrid or checkpoint.")],
     source: Annotated[Path, typer.Argument(metavar="IN", help="Image, or folder of images.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Image or folder to write.")],
-    tile: Annotated[int | None, typer.Option(metavar="PX", min=1, help="Work in tiles of this size.")] = None,
-    tile_overlap: Annotated[int | None, typer.Option(metavar="PX", min=0, help=(
-        "Overlap of the tiles: 32, or half of a smaller tile, unless given."))] = None,
-    threads: given.Threads = None, runtime: given.Runtime = "",
+    tile: given.Tile = None, tile_overlap: given.TileOverlap = None, threads: given.Threads = None,
+    runtime: given.Runtime = "",
 ) -> None:
     """Restore an image, or every image of a folder."""
     from ens.runtime.session import open_session, restore_files
@@ -249,7 +250,8 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="Evaluation protocol instead of the task's own.")] = "",
     crop: Annotated[int | None, typer.Option(metavar="PX", help="Cut this square out of the centre first.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Take the first N images.")] = None,
-    threads: given.Threads = None, runtime: given.Runtime = "",
+    threads: given.Threads = None, runtime: given.Runtime = "", tile: given.Tile = None,
+    tile_overlap: given.TileOverlap = None,
 ) -> None:
     """Score a file on a folder of images: protocol, data, PSNR and SSIM."""
     from ens import pipeline
@@ -258,7 +260,7 @@ def evaluate(
     job = create_task(task)
     with reporting() as control:
         results = pipeline.evaluate(checkpoint, data, job, control, protocol=protocol, crop_px=crop, limit=limit,
-                                    threads=threads, runtime=runtime)
+                                    threads=threads, runtime=runtime, tile_px=tile, overlap_px=tile_overlap)
     print_evaluation(results, str(job))
     if broken := results[0].broken:
         complain(f"error: {checkpoint}: {broken}")

@@ -26,6 +26,15 @@ Formats = Annotated[str, typer.Option("--format", metavar="NAMES", help=(
     "One or several of onnx, openvino (the ONNX file, checked there too), pte (ExecuTorch), pt2 (torch.export)."))]
 Size = Annotated[str, typer.Option(metavar="HxW", help=(
     "Fixed size of the image, for instance 256 or 192x256; else any, and 256 for pte, which cannot."))]
+Tile = Annotated[int | None, typer.Option(metavar="PX", min=1, help="Work in tiles of this size.")]
+TileOverlap = Annotated[int | None, typer.Option(metavar="PX", min=0, help=(
+    "Overlap of the tiles: 32, or half of a smaller tile, unless given."))]
+Int8 = Annotated[bool, typer.Option("--int8", help=(
+    "Also NAME.int8.onnx: 8-bit convolutions, calibrated on training images, at most 0.2 dB worse; measured."))]
+Bundle = Annotated[bool, typer.Option("--bundle", help=(
+    "Also a folder that restores images with onnxruntime, numpy and Pillow alone."))]
+Plain = Annotated[bool, typer.Option("--plain", help=(
+    "Also one Python file of plain PyTorch, with its weights, to read and train on without ens."))]
 Runtime = Annotated[str, typer.Option(help=(
     "Runtime of an exported file: ort, openvino, openvino-default, executorch or torch; the format's own by default."))]
 Restart = Annotated[bool, typer.Option("--restart", help=(

@@ -23,7 +23,7 @@ from ens.evaluate.protocols import find_protocol, task_protocols
 from ens.export.hybrid import open_network, save_hybrid
 from ens.networks.checkpoints import remove_state, save_checkpoint
 from ens.pareto.selection import Front, check_any_valid
-from ens.run_folder import RunFolder
+from ens.run_folder import RunFolder, describe_harm
 from ens.runtime.process import QUIET, Control
 from ens.space import Genotype, Measurement, format_genotype
 
@@ -144,23 +144,24 @@ def _tune(run: RunFolder, genotype: Genotype, path: Path, control: Control) -> N
     control.require(fit.complete, "finetune")
     figures |= run.judge.judge(hybrid, "after")
     facts = {"finetune": recipe.key, **run.facts(genotype, figures)}
-    if float(facts["psnr_db_after"]) < float(facts.get("psnr_db_input", "-inf")):
-        control.say(f"finetune: warning, {path.stem} restores to {facts['psnr_db_after']} dB, below the degraded "
-                    f"input's {facts['psnr_db_input']} dB")
+    for line in describe_harm(path.stem, facts):
+        control.say(line)
     run.record_tuned(genotype, figures)  # before the file: whoever finds the file takes the archive's word for it
     save_hybrid(path, hybrid, choices=run.space.replaced(genotype), facts=facts)
     remove_state(state)
 
 
 def export(run: RunFolder, pick: str = "knee", control: Control = QUIET, *, formats: Sequence[str] = ("onnx",),
-           size: Size | None = None) -> list[Path]:
+           size: Size | None = None, companions: Sequence[str] = ()) -> list[Path]:
     """Write one hybrid, its best fine-tuned weights where there are some: a file and its card for each of `formats`
-    (names of EXPORTS), of a fixed `size` where it is given, and last the weights as safetensors.
+    (names of EXPORTS), of a fixed `size` where it is given, the weights as safetensors, and last its COMPANIONS.
     """
+    from ens.companions import check_companions, write_companions
     from ens.export.card import export_file, list_targets
     from ens.export.formats import ExportError, ParityError
 
     genotype, paths, targets = run.pick(pick), [], list_targets(run.skeleton, formats, size)
+    check_companions(run, genotype, companions, formats=formats, fixed=size is not None)
     run.hold()
     hybrid, facts = run.load_finished(genotype, control.say)
     for suffix, runtimes, side in targets:
@@ -171,10 +172,9 @@ def export(run: RunFolder, pick: str = "knee", control: Control = QUIET, *, form
         except ParityError as error:
             raise ExportError(f"{error}; {run.blame(genotype, error, suffix)}") from error
         paths.append(target)
-    if genotype in run.archive.marked:
-        run.mark_invalid(genotype, "")
+    run.mark_invalid(genotype, "")
     save_hybrid(run.hybrids.weights(genotype), hybrid, choices=run.space.replaced(genotype), facts=facts)
-    return paths
+    return paths + write_companions(run, genotype, hybrid, companions, facts=facts, say=control.say)
 
 
 def run_all(run: RunFolder, control: Control = QUIET, *, pick: str = "knee") -> Path:
@@ -192,16 +192,16 @@ def run_all(run: RunFolder, control: Control = QUIET, *, pick: str = "knee") -> 
 
 
 def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET, *, protocol: str = "",
-             crop_px: int | None = None, limit: int | None = None, threads: int | None = None,
-             runtime: str = "") -> list[Evaluation]:
+             crop_px: int | None = None, limit: int | None = None, threads: int | None = None, runtime: str = "",
+             tile_px: int | None = None, overlap_px: int | None = None) -> list[Evaluation]:
     """Score any file that holds a network, or `builtin:NAME`, by the named protocol or by all of the task's."""
     from ens.runtime.session import open_session
     rules = [find_protocol(protocol, scale=task.scale)] if protocol else task_protocols(task)
-    session = open_session(model, threads=threads, runtime=runtime)
+    session = open_session(model, threads=threads, runtime=runtime).tiled(tile_px, overlap_px)
     if session.upscale != task.scale:
         raise ValueError(f"{model} enlarges {session.upscale} times, the task {task.scale} times")
     images = load_validation_set(data, task, channels=session.channels, crop_px=crop_px, limit=limit)
-    control.say(f"evaluate: {images.origin}")
+    control.say(f"evaluate: {images.origin}" + (f"; in {session.tiles}" if session.tiles else ""))
     return evaluate_protocols(session.restore, images, rules,
                               on_progress=lambda done, total: control.progress("evaluate", done, total, "images"))
 

@@ -193,6 +193,8 @@ class RunFolder(OpenedStudy):
 
     def mark_invalid(self, genotype: Genotype, reason: str) -> None:
         """Take a genotype off the front, "" puts it back; it stays in the archive with the reason."""
+        if not reason and genotype not in self.archive.marked:
+            return
         mark_invalid(self.storage, genotype, reason)
         self._archive = None
 
@@ -282,3 +284,10 @@ class RunFolder(OpenedStudy):
             if index in tuned:
                 states["fine-tuned"] = (load_hybrid(tuned[index]), None)
         return found
+
+
+def describe_harm(name: str, facts: Mapping[str, str]) -> list[str]:
+    """A line where a fine-tuned hybrid restores worse than doing nothing."""
+    after, given = facts["psnr_db_after"], facts.get("psnr_db_input", "-inf")
+    return [f"finetune: warning, {name} restores to {after} dB, below the degraded input's {given} dB"] if (
+        float(after) < float(given)) else []

@@ -114,3 +114,22 @@ def test_a_bound_that_cannot_hold_leaves_no_file(exported: Path, tmp_path: Path)
         write_int8(exported, tmp_path / "c.onnx", slots=SLOTS, calibration=calibration(), images=make_images(1),
                    protocol=PROTOCOL, max_cost_db=-60)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_shared_bias_may_have_a_name_that_is_the_beginning_of_another(exported: Path, tmp_path: Path) -> None:
+    """ONNX Runtime copies a bias of two convolutions under its name and a number."""
+    model = onnx.load(exported)
+    shape = {entry.name: list(entry.dims) for entry in model.graph.initializer}
+    used = [node for node in model.graph.node if node.op_type == "Conv" and shape.get(node.input[1], [0])[0] == 16]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(16, np.float32), "shared"))
+    for node in used:
+        node.input[:] = [*node.input[:2], "shared"]
+    taken = next(node for node in model.graph.node if node.op_type == "Sqrt")
+    for node in model.graph.node:
+        node.input[:] = ["shared0" if name == taken.output[0] else name for name in node.input]
+    taken.output[0] = "shared0"
+    assert len(used) > 1
+    onnx.save(model, tmp_path / "shared.onnx")
+    write_int8(tmp_path / "shared.onnx", tmp_path / "int8.onnx", slots=SLOTS, calibration=calibration(),
+               images=make_images(1), protocol=PROTOCOL, max_cost_db=60)
+    assert open_session(tmp_path / "int8.onnx").restore(torch.rand(1, 3, 20, 20)).isfinite().all()

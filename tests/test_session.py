@@ -18,6 +18,7 @@ from ens.networks import create_network
 from ens.networks.checkpoints import CheckpointError, save_checkpoint
 from ens.networks.steps import Network
 from ens.runtime.session import Session, SessionError, open_session, restore_files, restore_photo
+from ens.runtime.tiling import restore_tiled
 
 
 def network() -> Network:
@@ -245,3 +246,15 @@ def test_memory_that_runs_out_names_the_image_and_the_rest_go_on(tmp_path: Path)
     failures = restore_files(Session(run, 1, 1, 3, {}, lambda: released.append(1)), tmp_path / "in", tmp_path / "out")
     assert [failure.path.name for failure in failures] == ["b.png"] and "memory ran out" in str(failures[0])
     assert len(released) == 3 and len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_session_scores_in_the_tiles_that_it_restores_in() -> None:
+    """A network with statistics of what it is given: in tiles it gives something else than in one piece."""
+    session = Session(lambda image: image - image.mean((2, 3), keepdim=True), 8, 1, 3, {})
+    image = torch.rand(1, 3, 100, 140)
+    tiled = session.tiled(48, 16)
+    assert torch.equal(tiled.restore(image), restore_tiled(session.run, image, tile_px=48, overlap_px=16,
+                                                           size_multiple=8))
+    assert not torch.allclose(tiled.restore(image), session.restore(image))
+    assert torch.equal(tiled.restore(image[..., :40, :40]), session.restore(image[..., :40, :40]))
+    assert str(tiled.tiles) == "tiles of 48 px that overlap by 16 px" and session.tiled(None, None).tiles is None

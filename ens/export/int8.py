@@ -130,7 +130,9 @@ class _Trial:
 
     def __init__(self, source: Path, groups: Mapping[str, Sequence[str]], calibration: Sequence[Tensor],
                  images: ValidationSet, protocol: Protocol, scratch: Path) -> None:
-        self.source, self.groups, self.calibration, self.scratch = source, groups, calibration, scratch
+        self.groups, self.calibration, self.scratch = groups, calibration, scratch
+        self.source = scratch / "source.onnx"
+        onnx.save(_name_biases(onnx.load(source)), self.source)
         self._images, self._protocol = images, protocol
         self._float_psnr_db = self._measure(source)
 
@@ -159,6 +161,19 @@ class _Trial:
             return opened.run(pad_to_multiple(image, multiple))[..., :height * upscale, :width * upscale]
 
         return [score.psnr_db for score in evaluate_restorer(restore, self._images, self._protocol)]
+
+
+def _name_biases(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with biases renamed, in place: a shared one is copied by ONNX Runtime as NAME0, NAME1 …, and what the
+    exporter calls `val_119` then takes the name of its `val_1190`.
+    """
+    names = {node.input[2]: f"{node.input[2]}:" for node in model.graph.node
+             if node.op_type == "Conv" and len(node.input) > 2}
+    for entry in model.graph.initializer:
+        entry.name = names.get(entry.name, entry.name)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) if node.op_type == "Conv" else name for name in node.input]
+    return model
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]

@@ -44,9 +44,6 @@ def write_plain(network: Network, path: Path, *, choices: Mapping[str, Choice], 
     1e-6, before it appears. Raises ExportError for a network or family whose code cannot stand alone, and where it
     gives something else.
     """
-    if network.recipe is None or network.recipe[0] == "wrapped":
-        raise ExportError("the code of a network that was not made by its name is not known to ens; only its weights "
-                          "can be written")
     source = write_source(network, choices)
     namespace: dict[str, object] = {"__name__": __name__, "__file__": str(path)}  # dataclasses look their module up
     try:
@@ -71,8 +68,9 @@ def _measure(network: Network, plain: nn.Module, photo: Tensor) -> float:
 
 
 def write_source(network: Network, choices: Mapping[str, Choice]) -> str:
-    """The Python source of a network made by its name, with these choices in its slots."""
-    assert network.recipe is not None
+    """The Python source of a network made by its name, with these choices in its slots; raises ExportError."""
+    if network.recipe is None or network.recipe[0] == "wrapped":
+        raise ExportError("the network was not made by a name of ens, so its code is not known: it has no plain file")
     name, options = network.recipe
     roots: list[type] = [NETWORKS[name], *(FAMILIES[choice.family] for choice in choices.values())]
     pieces = _Pieces()

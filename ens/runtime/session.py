@@ -58,6 +58,8 @@ class Session:
     release: Callable[[], None] = lambda: None
     largest_px: int | None = None
     """Side of the largest square that `run` takes, where the file's size is fixed; larger images go in tiles."""
+    tiles: Tiles | None = None
+    """What `restore` cuts larger images into; None: in one piece, where the file's size allows that."""
 
     def restore(self, image: Tensor) -> Tensor:
         """(B, channels, H, W) float32 in [0, 1], any H and W -> (B, channels, H·upscale, W·upscale)."""
@@ -65,10 +67,15 @@ class Session:
             return torch.cat([self._restore(part) for part in image.split(1)])
 
     def _restore(self, image: Tensor) -> Tensor:
-        if self.largest_px and max(image.shape[-2:]) > self.largest_px:
-            return restore_tiled(self.run, image, tile_px=self.largest_px, size_multiple=self.size_multiple,
-                                 upscale=self.upscale)
+        tiles = self.tiles or self.fit(None, None)
+        if tiles and max(image.shape[-2:]) > tiles.tile_px:
+            return restore_tiled(self.run, image, tile_px=tiles.tile_px, overlap_px=tiles.overlap_px,
+                                 size_multiple=self.size_multiple, upscale=self.upscale)
         return restore_padded(self.run, image, size_multiple=self.size_multiple, upscale=self.upscale)
+
+    def tiled(self, tile_px: int | None, overlap_px: int | None) -> Session:
+        """A session whose `restore` works in the tiles that `ens restore --tile` works in; raises as `fit` does."""
+        return replace(self, tiles=None if tile_px is None else self.fit(tile_px, overlap_px))
 
     def fit(self, tile_px: int | None, overlap_px: int | None) -> Tiles | None:
         """The tiles to work in, None for an image in one piece; raises ValueError for tiles that cannot be."""

@@ -35,6 +35,9 @@ class Tiles:
     overlap_px: int
     size_multiple: int
 
+    def __str__(self) -> str:
+        return f"tiles of {self.tile_px} px that overlap by {self.overlap_px} px"
+
     def starts(self, side: int) -> list[int]:
         """Evenly spread starts of the tiles along a side, first at 0, the last tile ending at `side`."""
         if side <= self.tile_px:
