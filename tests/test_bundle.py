@@ -79,6 +79,6 @@ def test_a_bundle_runs_in_an_environment_that_holds_its_three_dependencies_only(
         pytest.skip("the package index is out of reach")
     listed = subprocess.run([python, "-c", "import importlib.util as u; print([bool(u.find_spec(n)) for n in "
                              "('ens', 'torch', 'cv2', 'onnx', 'onnxruntime', 'numpy', 'PIL')])"],
-                            capture_output=True, text=True, check=True, cwd=tmp_path)
+                            capture_output=True, text=True, encoding="utf-8", check=True, cwd=tmp_path)
     assert listed.stdout.strip() == str([False] * 4 + [True] * 3)
     check_runs_as_ens(bundle, python, tmp_path)
