@@ -52,7 +52,8 @@ def channel_mean(x: Tensor) -> Tensor:
     """Mean over the channels, (B, C, H, W) -> (B, 1, H, W); a convolution when the graph is being exported."""
     if torch.compiler.is_exporting():
         channels = x.shape[1]
-        return F.conv2d(x, x.new_full((1, channels, 1, 1), 1.0 / channels))
+        # Not made from x: an exporter then knows that the kernel is a constant.
+        return F.conv2d(x, torch.full((1, channels, 1, 1), 1.0 / channels, dtype=x.dtype, device=x.device))
     return x.mean(1, keepdim=True)
 
 
