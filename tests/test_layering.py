@@ -18,9 +18,9 @@ ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage":
 PRINT = {"cli", "console"}
 TOUCH_FILES = {"atomic", "networks.checkpoints", "networks.weight_files", "data.decoding", "data.images", "data.sizes",
                "distill.library", "pareto.archive", "pareto.storage", "pareto.report", "export.hybrid",
-               "export.bundle", "export.bundle_runner", "export.card", "export.formats", "export.int8", "export.onnx",
-               "export.openvino", "export.torch_export",
-               "runtime.session", "runtime.bench", "yaml_values", "config",
+               "export.bundle", "export.bundle_runner", "export.card", "export.executorch", "export.formats",
+               "export.int8", "export.onnx", "export.openvino", "export.torch_export", "runtime.session",
+               "runtime.bench", "yaml_values", "config",
                "ops.native"}  # which looks whether its own compiled file can be loaded
 FILE_CALLS = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "unlink", "mkdir", "rename",
               "rmtree", "safe_open", "save_file", "load_file", "imread", "imwrite", "write_html"}
@@ -101,7 +101,7 @@ def test_every_public_function_says_what_it_does() -> None:
 def test_every_package_that_is_imported_is_declared_and_every_declared_one_imported() -> None:
     declared = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = declared["optional-dependencies"]
-    optional = (package for extra in ("cuda", "openvino") for package in extras[extra])
+    optional = (package for extra in ("cuda", "executorch", "openvino") for package in extras[extra])
     named = {re.split(r"[ ;<>=\[]", text)[0].lower() for text in (*declared["dependencies"], *optional)}
     names = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image",
              "onnx_ir": "onnx-ir", "mamba_ssm": "mamba-ssm"}

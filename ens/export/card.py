@@ -26,6 +26,7 @@ EXPORTS: dict[str, tuple[str, str]] = {
     "onnx": (".onnx", "ort"),
     "openvino": (".onnx", "openvino"),  # the same file, checked in this runtime too
     "pt2": (".pt2", "torch"),
+    "pte": (".pte", "executorch"),
 }
 """Name of a format on the command line -> suffix of its file and the runtime that checks it."""
 

@@ -10,42 +10,50 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
-from executorch.exir.pass_base import ExportPass, PassResult
+from executorch.exir.dialects._ops import ops
+from executorch.exir.pass_base import ExportPass, NodeMetadata, ProxyValue
 from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 from executorch.extension.pybindings import portable_lib
-from torch import Tensor, fx
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from ens.export.torch_export import Size, hushed, trace_network
 from ens.networks.steps import Network
 
+_OPS = ops.edge.aten
 _METADATA = "ens_metadata"
 """Name of the constant method that gives the file's metadata as JSON."""
 
 
-class _RemoveExpands(ExportPass):
-    """Drop expansions to the shape that is there: XNNPACK does not take them, and they would cut a delegate in two."""
+class _Rewrite(ExportPass):  # type: ignore[misc]
+    """What XNNPACK does not take, and would cut a delegate in two, in operators that it takes; no value changes.
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        changed = False
-        for node in graph_module.graph.nodes:
-            if "expand_copy" in str(node.target) and node.args[0].meta["val"].shape == node.meta["val"].shape:
-                node.replace_all_uses_with(node.args[0])
-                graph_module.graph.erase_node(node)
-                changed = True
-        graph_module.recompile()
-        return PassResult(graph_module, changed)
+    An axis of length 1 more or less is a view, expanding to the shape that is there is nothing, and expanding an axis
+    of length 1 is joining copies of it.
+    """
+
+    def call_operator(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], meta: NodeMetadata) -> ProxyValue:
+        if op in (_OPS.unsqueeze_copy.default, _OPS.squeeze_copy.dims, _OPS.squeeze_copy.dim):
+            return super().call_operator(_OPS.view_copy.default, (args[0], list(meta["val"].shape)), {}, meta)
+        if op is _OPS.alias_copy.default:
+            return args[0]
+        if op is _OPS.expand_copy.default:
+            before, after = args[0].data.shape, meta["val"].shape
+            if before == after:
+                return args[0]
+            axes = [axis for axis, (old, new) in enumerate(zip(before, after, strict=False)) if old != new]
+            if len(before) == len(after) and len(axes) == 1:
+                return super().call_operator(_OPS.cat.default, ([args[0]] * after[axes[0]], axes[0]), {}, meta)
+        return super().call_operator(op, args, kwargs, meta)
 
 
 def lower(program: ExportedProgram, metadata: Mapping[str, str] | None = None) -> EdgeProgramManager:
     """A traced program in ExecuTorch's operators, what XNNPACK takes of it as delegates; raises what it raises."""
     with hushed():
         return to_edge_transform_and_lower(
-            constant_prop_pass(program), transform_passes=[_RemoveExpands()], partitioner=[XnnpackPartitioner()],
+            constant_prop_pass(program), transform_passes=[_Rewrite()], partitioner=[XnnpackPartitioner()],
             constant_methods={_METADATA: json.dumps(dict(metadata or {}))})
 
 

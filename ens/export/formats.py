@@ -98,6 +98,22 @@ def _open_program(path: Path, threads: int | None) -> OpenedFile:
     return OpenedFile(lambda image: run_program(module, image), metadata)
 
 
+def _write_executorch(network: Network, path: Path, metadata: Mapping[str, str], size: Size | None,
+                      on_event: Callable[[str], None]) -> None:
+    with _needing("executorch"):
+        from ens.export.executorch import write_executorch
+
+    assert size is not None  # by `default_size`
+    write_executorch(network, path, metadata, size)
+
+
+def _open_executorch(path: Path, threads: int | None) -> OpenedFile:
+    with _needing("executorch"):
+        from ens.export.executorch import open_executorch
+
+    return OpenedFile(*open_executorch(path, threads))
+
+
 @contextmanager
 def _needing(extra: str) -> Iterator[None]:
     """Around the import of an optional runtime."""
@@ -112,12 +128,16 @@ FORMATS: dict[str, Format] = {
         'import onnxruntime\nrestored = onnxruntime.InferenceSession("{model}").run(None, {{"image": image}})[0]')),
     ".pt2": Format("ens pt2 1", _write_program, _open_program, (
         'import torch\nrestored = torch.export.load("{model}").module()(torch.from_numpy(image)).detach()')),
+    ".pte": Format("ens pte 1", _write_executorch, _open_executorch, (
+        'import torch, executorch.runtime\nprogram = executorch.runtime.Runtime.get().load_program("{model}")\n'
+        'restored = program.load_method("forward").execute([torch.from_numpy(image)])[0]'), default_size=(256, 256)),
 }
 RUNTIMES: dict[str, tuple[str, Callable[[Path, int | None], OpenedFile]]] = {
     "ort": (".onnx", _open_onnx),
     "openvino": (".onnx", _open_openvino),
     "openvino-default": (".onnx", functools.partial(_open_openvino, exact=False)),  # the device's own precision
     "torch": (".pt2", _open_program),
+    "executorch": (".pte", _open_executorch),
 }
 """Runtime -> the suffix of the files it runs, and how it opens one (path, threads)."""
 

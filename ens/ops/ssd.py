@@ -82,7 +82,7 @@ def _rows_as_products(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, si
     # Sums of log decays over the steps between are one product with a constant; no mask, every exponent is negative.
     apart_BHKTT = torch.exp(decay_BHKT @ _between(size).to(x)).unflatten(-1, (size, size))
     y = x_BHKPT @ ((B_B1KTN @ C_B1KNT) * (1 + torch.eye(size).to(x)) * apart_BHKTT)
-    total_BHRK = (decay_BHKT @ x.new_ones(size, 1)).reshape(batch, heads, rows, chunks)
+    total_BHRK = (decay_BHKT @ torch.ones(size, 1).to(x)).reshape(batch, heads, rows, chunks)
     for reverse in (False, True):
         seen_TT = _past(size, reverse=reverse, like=x).T
         until, since = torch.exp(decay_BHKT @ (1 - seen_TT)), torch.exp(decay_BHKT @ seen_TT)
