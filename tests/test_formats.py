@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import os
 import zipfile
 from collections import Counter
@@ -24,6 +25,7 @@ from ens.blocks.directions import DirectionalScan
 from ens.blocks.vimm import MambaMixer
 from ens.data.images import read_photo, to_float
 from ens.export.card import write_card
+from ens.export.executorch import lower
 from ens.export.formats import FORMATS, ExportError, ParityError, describe_network, measure_parity, write_checked
 from ens.export.hybrid import build_hybrid
 from ens.networks import create_network
@@ -255,7 +257,7 @@ def flat_images() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow if family in ("ssd", *SCANS) else ())
                                     for family in FAMILIES])
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])  # those with free sides
 def test_flat_images_come_out_finite_and_equal_whole_and_in_tiles(tmp_path: Path, family: str, suffix: str) -> None:
     torch.manual_seed(0)
     network = OneSlot(family).eval()
@@ -346,3 +348,27 @@ def test_a_pt2_file_that_could_run_code_is_refused(tmp_path: Path) -> None:
                 bad.writestr(name, good.read(name).replace(old, new))
         with pytest.raises(SessionError, match=r"pickle|torch\.hub\.load|no formula"):
             open_session(tmp_path / f"{number}.pt2")
+
+
+@pytest.mark.parametrize("family", ["conv", *(pytest.param(family, marks=pytest.mark.slow)
+                                              for family in ("restormer", "vssd", "ssd", "plk", "identity"))])
+def test_an_edge_family_runs_in_executorch_whole_and_in_tiles(tmp_path: Path, family: str) -> None:
+    torch.manual_seed(0)
+    network = OneSlot(family).eval()
+    assert write_checked(network, tmp_path / "net.pte", photo=photo(), size=(16, 16)) <= 1e-4
+    session, image = open_session(tmp_path / "net.pte"), torch.rand(1, 3, 38, 46)
+    assert session.facts["format"] == "ens pte 1" and session.largest_px == 16
+    with torch.no_grad():
+        expected = restore_tiled(network.restore, image, tile_px=16, size_multiple=2)
+    assert (session.restore(image) - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["conv", *(pytest.param(family, marks=pytest.mark.slow)
+                                              for family in ("restormer", "vssd", "plk"))])
+def test_an_edge_block_is_one_delegate(family: str) -> None:
+    block = create_stack(family, 16, 1).eval()
+    with torch.no_grad():
+        program = torch.export.export(block, (torch.rand(1, 16, 16, 16),), strict=False)
+    graph = lower(program).exported_program().graph
+    called = [node.target for node in graph.nodes if node.op == "call_function" and node.target is not operator.getitem]
+    assert [str(target) for target in called] == ["executorch_call_delegate"]

@@ -19,7 +19,7 @@ from executorch.extension.pybindings import portable_lib
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from ens.export.torch_export import Size, hushed, trace_network
+from ens.export.torch_export import Size, hushed, quickened, trace_network
 from ens.networks.steps import Network
 
 _OPS = ops.edge.aten
@@ -51,7 +51,7 @@ class _Rewrite(ExportPass):  # type: ignore[misc]
 
 def lower(program: ExportedProgram, metadata: Mapping[str, str] | None = None) -> EdgeProgramManager:
     """A traced program in ExecuTorch's operators, what XNNPACK takes of it as delegates; raises what it raises."""
-    with hushed():
+    with hushed(), quickened():
         return to_edge_transform_and_lower(
             constant_prop_pass(program), transform_passes=[_Rewrite()], partitioner=[XnnpackPartitioner()],
             constant_methods={_METADATA: json.dumps(dict(metadata or {}))})
@@ -69,10 +69,12 @@ def open_executorch(path: Path, threads: int | None) -> tuple[Callable[[Tensor],
     """What runs an image through the file, and its metadata; `threads` are the runtime's, for the whole process."""
     if threads is not None:
         portable_lib._unsafe_reset_threadpool(threads)
-    module = portable_lib._load_for_executorch_from_buffer(path.read_bytes())
+    data = path.read_bytes()
+    module = portable_lib._load_for_executorch_from_buffer(data)
     metadata = json.loads(module.run_method(_METADATA, ())[0]) if _METADATA in module.method_names() else {}
 
     def run(image: Tensor) -> Tensor:
+        assert data  # the module reads it in place: whoever holds `run` holds the file
         return module.forward((image.contiguous(),))[0].clone()
 
     return run, metadata
