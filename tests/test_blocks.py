@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ens.blocks import FAMILIES, create_stack, family_options
 from ens.blocks.norm import ChannelNorm, MapNorm
+from ens.blocks.rep import RepConv, fold_blocks
 from ens.blocks.restormer import unit_rows
 
-EXPORTED = ("restormer", "vssd", "ssd", "conv", "mambair")
+EXPORTED = ("restormer", "vssd", "ssd", "conv", "half", "rep", "mambair")
 
 
 def make_stack(family: str, channels: int = 32, depth: int = 1) -> nn.Sequential:
@@ -53,7 +54,7 @@ def test_gradient_reaches_every_parameter_and_the_input(family: str) -> None:
     assert x.grad is not None and (x.grad != 0).all()
 
 
-@pytest.mark.parametrize("family", ["ssd", "vssd", "conv"])
+@pytest.mark.parametrize("family", ["ssd", "vssd", "conv", "half", "rep"])
 def test_new_block_starts_near_identity(family: str) -> None:
     x = image(16, 16)
     assert float((make_stack(family)(x).detach() - x).norm() / x.norm()) < 0.3
@@ -64,6 +65,30 @@ def test_state_space_blocks_see_the_whole_row(family: str) -> None:
     stack, x = make_stack(family), image(3, 40).requires_grad_()
     (gradient,) = torch.autograd.grad(stack(x)[0, :, 1, 0].sum(), x)
     assert (gradient[0, :, 1, -1] != 0).any(), "the far end of the row has no influence"
+
+
+@pytest.mark.parametrize(("family", "options"), [
+    ("rep", {}), ("rep", {"width": 2.0, "activation": "relu"}), ("rep", {"width": 0.5}), ("half", {})])
+def test_folded_blocks_give_the_same_without_branches(family: str, options: dict[str, Any]) -> None:
+    stack, x = create_stack(family, 12, 2, options=options).double(), image(7, 9, channels=12).double()
+    for parameter in stack.parameters():  # branches that start at zero or one have a say
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)).double()
+    folded = fold_blocks(stack)
+    assert not any(isinstance(module, RepConv) for module in folded.modules())
+    assert any(isinstance(module, RepConv) for module in stack.modules())
+    assert torch.allclose(folded(x), stack(x), rtol=1e-6, atol=1e-6)
+    assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in stack.parameters())
+
+
+def test_a_folded_kernel_is_the_sum_of_its_branches() -> None:
+    conv, x = RepConv(5, 5, scale=0.75, identity=0.25).double(), image(6, 4, channels=5).double()
+    branches = 0.75 * (conv.conv3(x) + conv.conv1(x)) + 0.25 * x
+    assert torch.allclose(conv.fold()(x), branches, rtol=1e-10, atol=1e-10)
+
+
+def test_nothing_to_fold_returns_the_network_itself() -> None:
+    stack = make_stack("conv")
+    assert fold_blocks(stack) is stack
 
 
 def test_identity_stack_returns_its_input_whatever_the_depth() -> None:

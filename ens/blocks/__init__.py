@@ -9,9 +9,11 @@ from torch import nn
 
 from ens.blocks.bounds import MAX_DEPTH, check_options, check_size
 from ens.blocks.conv import ConvBlock
+from ens.blocks.half import HalfBlock
 from ens.blocks.identity import IdentityBlock
 from ens.blocks.mambair import MambaIRBlock
 from ens.blocks.plk import PLKBlock
+from ens.blocks.rep import RepBlock
 from ens.blocks.restormer import RestormerBlock
 from ens.blocks.rlmb import RLMBBlock
 from ens.blocks.serpent import SerpentBlock
@@ -26,6 +28,8 @@ FAMILIES: dict[str, type[nn.Module]] = {
     "ssd": SSDBlock,
     "vssd": VSSDBlock,
     "conv": ConvBlock,
+    "half": HalfBlock,
+    "rep": RepBlock,
     "plk": PLKBlock,
     "vimm": ViMMBlock,
     "rlmb": RLMBBlock,

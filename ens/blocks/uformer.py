@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ens.blocks.sides import is_known
+
 
 class QueryKeyValue(nn.Module):
     """Released key names `to_q` and `to_kv`."""
@@ -93,7 +95,7 @@ class UformerBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        if all(_is_known(side % self.window == 0) for side in (height, width)):
+        if all(is_known(side % self.window == 0) for side in (height, width)):
             return self._attend_padded(x)
         # Whole windows less the side, not a remainder: what a tracer then has is a multiple of the window in its eyes.
         bottom, right = ((side + self.window - 1) // self.window * self.window - side for side in (height, width))
@@ -120,15 +122,6 @@ class UformerBlock(nn.Module):
             regions.append((at >= side - self.window).int() + (at >= side - self.offset).int())
         region = split_windows((3 * regions[0][:, None] + regions[1])[None, ..., None], self.window)[..., 0]
         return (region[:, None] != region[:, :, None]).to(x.dtype) * -100.0
-
-
-def _is_known(fits: bool) -> bool:
-    """While a graph is exported, sides that are known to fit must not become padding by an expression in symbols."""
-    if isinstance(fits, bool):
-        return fits
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings sympy, a third of a second
-
-    return statically_known_true(fits)
 
 
 def split_windows(x: Tensor, window: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ens.atomic import atomic_path
+from ens.blocks.rep import fold_blocks
 from ens.export.failures import first_line, raise_shortage
 from ens.export.torch_export import Size
 from ens.networks.steps import Network, pad_to_multiple, pad_to_size
@@ -198,7 +199,7 @@ def write_checked(network: Network, path: str | Path, *, photo: Tensor, toleranc
     with atomic_path(path) as temporary:
         say("export: tracing the network; each kind of block takes a few seconds")
         with _translated(f"the network cannot be exported to {path.suffix}"):
-            kind.write(network, temporary, {**metadata, **(facts or {})}, size, say)
+            kind.write(fold_blocks(network), temporary, {**metadata, **(facts or {})}, size, say)
         say("export: comparing the file with PyTorch")
         with _translated("the exported file does not run"):
             openers = [RUNTIMES[name][1] for name in runtimes] or [kind.open]
