@@ -201,9 +201,8 @@ class OpenedStudy:
 
     def _load_images(self, location: str) -> ValidationSet:
         data = self.study.data
-        images = load_validation_set(location, self.task, channels=self.skeleton.in_channels, crop_px=data.crop_px,
-                                     limit=data.limit, crops_per_image=data.crops_per_image)
-        return images.sorted_by_content()
+        return load_validation_set(location, self.task, channels=self.skeleton.in_channels, crop_px=data.crop_px,
+                                   limit=data.limit, crops_per_image=data.crops_per_image, by_content=True)
 
     @cached_property
     def judge(self) -> Judge:

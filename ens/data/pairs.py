@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -133,27 +134,53 @@ class ValidationImage:
     clean: Tensor
 
 
+class ValidationImages(Sequence[ValidationImage]):
+    """Images that are degraded anew, to the same pixels, whenever one is asked for: a set costs its bytes as decoded,
+    however many are looked at.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], task: Task) -> None:
+        self._pairs, self._task = pairs, task
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> ValidationImage: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ValidationImages: ...
+
+    def __getitem__(self, index: int | slice) -> ValidationImage | ValidationImages:
+        if isinstance(index, slice):
+            return ValidationImages(self._pairs[index], self._task)
+        return _degrade_whole(self._pairs[index], self._task)
+
+    def sorted_by_content(self) -> ValidationImages:
+        """The same images in an order that no file name has a part in: figures are paired by position."""
+        digests = [hashlib.sha256(image.clean.numpy().tobytes() + image.degraded.numpy().tobytes()).digest()
+                   for image in self]
+        return ValidationImages([self._pairs[place] for place in sorted(range(len(digests)), key=digests.__getitem__)],
+                                self._task)
+
+
 @dataclass(frozen=True)
 class ValidationSet:
     """Images in a fixed order, the fingerprint of the pixels they were made of, and in words where they are from."""
 
-    images: tuple[ValidationImage, ...]
+    images: Sequence[ValidationImage]
     fingerprint: Fingerprint
     origin: str = ""
 
-    def sorted_by_content(self) -> ValidationSet:
-        """The same images in an order that no file name has a part in: figures are paired by position."""
-        return replace(self, images=tuple(sorted(self.images, key=lambda image: hashlib.sha256(
-            image.clean.numpy().tobytes() + image.degraded.numpy().tobytes()).digest())))
-
 
 def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, crop_px: int | None = None,
-                        limit: int | None = None, crops_per_image: int = 1) -> ValidationSet:
+                        limit: int | None = None, crops_per_image: int = 1,
+                        by_content: bool = False) -> ValidationSet:
     """Validation images of a folder (or `builtin:photos`), degraded as the task's protocol says where it is clean.
 
     `crop_px`, rounded down to a multiple of 8 inputs' pixels, cuts up to `crops_per_image` squares of that side out of
     every target, spread over it without overlap: one is the centre. Without it images stay whole. The same arguments
-    give the same pixels, whatever the files are called. Raises as `load_pairs` does, and DataError naming the images
+    give the same pixels, whatever the files are called, and with `by_content` in the same order. Raises as `load_pairs` does, and DataError naming the images
     that are smaller than a crop.
     """
     if crops_per_image < 1:
@@ -166,11 +193,12 @@ def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, cr
         if crop_px < 8 * task.scale:
             raise ValueError(f"crop_px is at least {8 * task.scale}, got {crop_px}")
         pairs = _crop_all(pairs, crop_px, task.scale, crops_per_image)
-    images = tuple(_degrade_whole(pair, task) for pair in pairs)
-    pixels = [np.concatenate([image.clean.numpy().ravel(), image.degraded.numpy().ravel()]) for image in images]
+    images = ValidationImages(pairs, task)
+    pixels = (np.concatenate([image.clean.numpy().ravel(), image.degraded.numpy().ravel()]) for image in images)
     paired = any(pair.degraded is not None for pair in pairs)
-    return ValidationSet(images, fingerprint_images([pair.clean for pair in pairs], pixels, paired=paired,
-                                                    seeding="" if paired else task.seeding), origin)
+    return ValidationSet(images.sorted_by_content() if by_content else images,
+                         fingerprint_images([pair.clean for pair in pairs], pixels, paired=paired,
+                                            seeding="" if paired else task.seeding), origin)
 
 
 def _crop_all(pairs: Sequence[Pair], crop_px: int, scale: int, count: int) -> list[Pair]:
@@ -194,8 +222,8 @@ def _crop_grid(pair: Pair, side: int, scale: int, count: int) -> list[Pair]:
         top = (height * (2 * row + 1) // (2 * rows) - side // 2) // scale
         left = (width * (2 * column + 1) // (2 * columns) - side // 2) // scale
         crops.append(Pair(f"{pair.name}#{number}" if count > 1 else pair.name,
-                          _cut(pair.clean, top * scale, left * scale, side),
-                          None if pair.degraded is None else _cut(pair.degraded, top, left, side // scale)))
+                          _cut(pair.clean, top * scale, left * scale, side).copy(),  # a view would keep the photo
+                          None if pair.degraded is None else _cut(pair.degraded, top, left, side // scale).copy()))
     return crops
 
 

@@ -206,9 +206,9 @@ def evaluate_protocols(restore: Callable[[torch.Tensor], torch.Tensor], images: 
             if on_progress is not None:
                 on_progress(done, len(images.images))
     names = tuple(image.name for image in images.images)
-    same_size = [image for image in images.images if image.degraded.shape == image.clean.shape]
     return [Evaluation(protocol.name, str(images.fingerprint), names, tuple(
-        score_input(image.degraded, image.clean, protocol) for image in same_size), tuple(found))
+        score_input(image.degraded, image.clean, protocol) for image in images.images
+        if image.degraded.shape == image.clean.shape), tuple(found))
         for protocol, found in zip(protocols, scores, strict=True)]
 
 
