@@ -160,8 +160,8 @@ class ValidationImages(Sequence[ValidationImage]):
         """The same images in an order that no file name has a part in: figures are paired by position."""
         digests = [hashlib.sha256(image.clean.numpy().tobytes() + image.degraded.numpy().tobytes()).digest()
                    for image in self]
-        return ValidationImages([self._pairs[place] for place in sorted(range(len(digests)), key=digests.__getitem__)],
-                                self._task)
+        order = sorted(range(len(self)), key=digests.__getitem__)
+        return ValidationImages([self._pairs[place] for place in order], self._task)
 
 
 @dataclass(frozen=True)
