@@ -180,8 +180,8 @@ def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, cr
 
     `crop_px`, rounded down to a multiple of 8 inputs' pixels, cuts up to `crops_per_image` squares of that side out of
     every target, spread over it without overlap: one is the centre. Without it images stay whole. The same arguments
-    give the same pixels, whatever the files are called, and with `by_content` in the same order. Raises as `load_pairs` does, and DataError naming the images
-    that are smaller than a crop.
+    give the same pixels, whatever the files are called, and with `by_content` in the same order. Raises as
+    `load_pairs` does, and DataError naming the images that are smaller than a crop.
     """
     if crops_per_image < 1:
         raise ValueError(f"crops_per_image is at least 1, got {crops_per_image}")
