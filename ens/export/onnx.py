@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from ens.export.graph import replace_node, tidy_graph
+from ens.export.loops import opaque_scans, write_scans
 from ens.export.repeats import Block, copy_blocks, hide_weights, list_kinds, marked
 from ens.export.torch_export import EXAMPLE_PX, LARGEST_SIDE, Size, hushed, quickened
 from ens.networks.steps import Network
@@ -65,6 +66,7 @@ def write_onnx(network: Network, path: Path, metadata: Mapping[str, str], size: 
     on_event("export: simplifying the graph")
     with hushed():
         passes.InlinePass()(model)
+        write_scans(model.graph)
         _join_units(model.graph, network.size_multiple, size)
         hide_weights(model.graph, kinds)
         simplify_graph(model)
@@ -87,7 +89,7 @@ def _trace(network: Network, kinds: Sequence[Sequence[Block]], on_event: Callabl
     height, width = (max(least, side // multiple) for least, side in zip((6, 9), EXAMPLE_PX, strict=True))
     example = torch.zeros(1, network.in_channels, height, multiple, width, multiple)
     units = {axis: Dim(name, min=1, max=LARGEST_SIDE // multiple) for axis, name in ((2, "h"), (4, "w"))}
-    with torch.no_grad(), hushed(), quickened(), marked(network, kinds, say):
+    with torch.no_grad(), hushed(), quickened(), opaque_scans(), marked(network, kinds, say):
         # Left to the exporter, a side that it cannot prove something of becomes a constant without a word.
         program = torch.export.export(_Restore(network).eval(), (example,), dynamic_shapes={"image": units},
                                       strict=False, prefer_deferred_runtime_asserts_over_guards=True)

@@ -6,10 +6,12 @@ FlopCounterMode, torch.compile and torch.export, and the backward pass keeps no 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -138,7 +140,7 @@ def _chunked_gradients(inputs: ScanInputs, dy: Tensor, dlast: Tensor) -> list[Te
 
 
 def scan_for_export(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """The scan with `torch.scan` over the steps: an exporter writes it as one loop, ONNX as one Scan operator.
+    """The scan as one loop over the steps: `torch.scan`, or what `tracing_steps` puts in its place.
 
     Correct for any length, and slow: some ten small operators a step. No gradients. y, last state (B, D, N).
     """
@@ -173,18 +175,36 @@ def _scan_with(scan: Callable[..., tuple[Tensor, Tensor]], inputs: ScanInputs) -
 
 def _scan_steps(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """One step after the other; shapes as for `_scan_groups`."""
-    from torch._higher_order_ops.scan import scan as torch_scan  # not public yet, so needed by exports alone
+    first = u.new_zeros(*u.shape[:3], A.shape[1])
+    last, y = _run_steps.get()(first, A.view(*u.shape[1:3], -1), tuple(m.movedim(-1, 0) for m in (u, delta, B, C)))
+    return y.movedim(0, -1), last.flatten(1, 2)
 
-    A_ = A.view(*u.shape[1:3], -1)
+
+def _call_scan(state: Tensor, A: Tensor, steps: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """PyTorch's own loop operator: state (B, G, P, N), A (G, P, N), steps (L, …) -> last state, y (L, B, G, P)."""
+    from torch._higher_order_ops.scan import scan as torch_scan  # not public yet, so needed by exports alone
 
     def step(state: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         u_t, delta_t, B_t, C_t = now
-        state = torch.exp(delta_t[..., None] * A_) * state + (delta_t * u_t)[..., None] * B_t[:, :, None]
+        state = torch.exp(delta_t[..., None] * A) * state + (delta_t * u_t)[..., None] * B_t[:, :, None]
         return state, (state * C_t[:, :, None]).sum(-1)
 
-    first = u.new_zeros(*u.shape[:3], A.shape[1])
-    last, y = torch_scan(step, first, tuple(m.movedim(-1, 0) for m in (u, delta, B, C)))
-    return y.movedim(0, -1), last.flatten(1, 2)
+    last, y = torch_scan(step, state, steps)
+    return last, y
+
+
+_run_steps: ContextVar[Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]] = ContextVar(
+    "run_steps", default=_call_scan)
+
+
+@contextlib.contextmanager
+def tracing_steps(call: Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """While it is open, exported scans run their steps by `call(state, A, steps)` (see `_call_scan`)."""
+    token = _run_steps.set(call)
+    try:
+        yield
+    finally:
+        _run_steps.reset(token)
 
 
 def _scan_groups(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
