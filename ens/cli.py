@@ -269,15 +269,17 @@ def evaluate(
 
 @app.command()
 def bench(files: Annotated[list[str], typer.Argument(metavar="A B...", help="Files that hold networks.")],
-          size: given.Sizes = "256", threads: given.Threads = None, repeats: given.Repeats = 15,
+          runtime: given.Runtime = "", size: given.Sizes = "256", threads: given.Threads = None,
+          repeats: given.Repeats = 15,
           as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
     """Time files in turn, in one run: milliseconds, and how many times as fast as the first."""
-    from ens.runtime.bench import bench_files, describe_machine
+    from ens.runtime.bench import bench_files
+    from ens.runtime.runner import describe_machine
 
     shapes, machine = given.parse_sizes(size), describe_machine()
     with reporting() as control:
         found = {f"{height}x{width}": bench_files(
-            files, height=height, width=width, threads=threads, repeats=repeats,
+            files, height=height, width=width, threads=threads, runtime=runtime, repeats=repeats,
             on_round=lambda number: control.progress("bench", number, repeats, "rounds")) for height, width in shapes}
     print_bench(files, found, {**machine, "threads": str(threads or "default")}, as_json=as_json)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,29 +51,62 @@ class Objective:
     si: bool = False
 
 
+LATENCY = "latency_ms"
+"""Milliseconds by a latency table; `latency_ms@NAME` by the one of that name."""
 OBJECTIVES: dict[str, Objective] = {
     "psnr_drop_db": Objective("psnr_drop_db", "PSNR drop (dB)", 6.0, False, _format_db),
     "penalty": Objective("penalty", "transformer usage penalty", 1.1, True, _format_plain),
     "macs": Objective("macs", "multiply-adds at 256×256", 1.1, True, _format_si, si=True),
     "params": Objective("params", "parameters", 1.1, True, _format_si, si=True),
+    LATENCY: Objective(LATENCY, "latency (ms)", 1.1, True, _format_plain),
 }
+
+
+def table_of(name: str) -> str:
+    """`phone` of `latency_ms@phone`, the same objective on another latency table; "" of any other name."""
+    return name.partition("@")[2]
+
+
+def find_objective(name: str) -> Objective:
+    """One objective by name; raises ValueError with the names that exist."""
+    base, _, table = name.partition("@")
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if base == LATENCY and table:
+        return replace(OBJECTIVES[LATENCY], name=name, label=f"latency (ms, {table})")
+    raise ValueError(f"objective {name!r} does not exist; choose from {', '.join(OBJECTIVES)}")
 
 
 def find_objectives(names: Sequence[str]) -> tuple[Objective, ...]:
     """Look two or three different objectives up by name; raises ValueError with the names that exist."""
-    unknown = [name for name in names if name not in OBJECTIVES]
-    if unknown:
-        raise ValueError(f"objective {unknown[0]!r} does not exist; choose from {', '.join(OBJECTIVES)}")
+    found = tuple(map(find_objective, names))
     if len(names) not in (2, 3) or len(set(names)) != len(names):
         raise ValueError(f"a front needs two or three different objectives, got {', '.join(names) or 'none'}")
-    return tuple(OBJECTIVES[name] for name in names)
+    return found
+
+
+def list_objectives(names: Iterable[str]) -> tuple[Objective, ...]:
+    """The objectives among the names of values, in the order of `OBJECTIVES`; other names are passed over."""
+    found = []
+    for name in dict.fromkeys(names):
+        with suppress(ValueError):
+            found.append(find_objective(name))
+    order = list(OBJECTIVES)
+    return tuple(sorted(found, key=lambda objective: order.index(objective.name.partition("@")[0])))
 
 
 def format_value(name: str, value: float) -> str:
     """A value of the named objective as people read it, `1.23 G` for multiply-adds; other names as dB or plain."""
-    if name in OBJECTIVES:
-        return OBJECTIVES[name].format(value)
+    with suppress(ValueError):
+        return find_objective(name).format(value)
     return _format_db(value) if name.endswith("_db") else _format_plain(value)
+
+
+def label_value(name: str) -> str:
+    """What people read over a value of this name, its unit included."""
+    with suppress(ValueError):
+        return find_objective(name).label
+    return name.replace("_", " ")
 
 
 def mean_psnr_db(psnr_db: Sequence[float]) -> float:

@@ -19,8 +19,8 @@ PRINT = {"cli", "console"}
 TOUCH_FILES = {"atomic", "networks.checkpoints", "networks.weight_files", "data.decoding", "data.images", "data.sizes",
                "distill.library", "pareto.archive", "pareto.storage", "pareto.report", "export.hybrid",
                "export.bundle", "export.bundle_runner", "export.card", "export.executorch", "export.formats",
-               "export.int8", "export.onnx", "export.openvino", "export.torch_export", "runtime.session",
-               "runtime.bench", "yaml_values", "config",
+               "export.int8", "export.onnx", "export.openvino", "export.torch_export", "evaluate.latency",
+               "runtime.profiling", "runtime.runner", "runtime.session", "yaml_values", "config",
                "ops.native"}  # which looks whether its own compiled file can be loaded
 FILE_CALLS = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "unlink", "mkdir", "rename",
               "rmtree", "safe_open", "save_file", "load_file", "imread", "imwrite", "write_html"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ens.objectives import OBJECTIVES, objective_values
+from ens.objectives import find_objective, list_objectives, objective_values
 from ens.pareto.front import hypervolume_history
 from ens.pareto.selection import Front
 from ens.pareto.tables import drop_text, tuned_drop_db
@@ -44,7 +44,7 @@ def draw_png(*, title: str, measurements: Sequence[Measurement], front: Front) -
     else:
         points = axes.scatter(values[:, x], values[:, y], s=30, c=values[:, colour], cmap="cividis", label="front",
                               zorder=3)
-        objective = OBJECTIVES[front.objectives[colour]]
+        objective = find_objective(front.objectives[colour])
         figure.colorbar(points, format=EngFormatter() if objective.si else None, label=objective.label)
     near = values[list(front.nearest)]
     axes.scatter(near[:, x], near[:, y], s=90, facecolors="none", edgecolors=_NEAR, linewidths=1.8,
@@ -56,8 +56,8 @@ def draw_png(*, title: str, measurements: Sequence[Measurement], front: Front) -
         axes.axhline(limit, color=_TEACHER, linewidth=1, linestyle="--", label="degraded input")
     for name, set_label, axis in ((front.objectives[x], axes.set_xlabel, axes.xaxis),
                                   (front.objectives[y], axes.set_ylabel, axes.yaxis)):
-        set_label(OBJECTIVES[name].label)
-        if OBJECTIVES[name].si:
+        set_label(find_objective(name).label)
+        if find_objective(name).si:
             axis.set_major_formatter(EngFormatter())
     axes.set_title(title, fontsize=11)
     axes.grid(color="#e4e8ec", linewidth=0.8)
@@ -84,7 +84,7 @@ def front_figure(*, measurements: Sequence[Measurement], front: Front, space: Se
                        marker={"color": _GREY, "size": 6, "opacity": 0.65})
     marker: dict[str, object] = {"color": _LINE, "size": 9}
     if colour is not None:
-        title = {"text": OBJECTIVES[front.objectives[colour]].label, "side": "right"}
+        title = {"text": find_objective(front.objectives[colour]).label, "side": "right"}
         marker = {"color": values[:, colour], "colorscale": "Cividis", "size": 10,
                   "colorbar": {"title": title, "thickness": 12}}
     errors = _errors(front, y)
@@ -104,7 +104,7 @@ def front_figure(*, measurements: Sequence[Measurement], front: Front, space: Se
     if (limit := _input_drop(front, y)) is not None:
         figure.add_hline(y=limit, line={"color": _TEACHER, "width": 1, "dash": "dash"},
                          annotation={"text": "degraded input", "font": {"size": 11}})
-    return _styled(figure, xaxis=OBJECTIVES[front.objectives[x]].label, yaxis=OBJECTIVES[front.objectives[y]].label)
+    return _styled(figure, xaxis=find_objective(front.objectives[x]).label, yaxis=find_objective(front.objectives[y]).label)
 
 
 def hypervolume_figure(*, measurements: Sequence[Measurement], front: Front, reference: Sequence[float]) -> str:
@@ -124,9 +124,9 @@ def hypervolume_figure(*, measurements: Sequence[Measurement], front: Front, ref
 def hover_text(measurement: Measurement, space: SearchSpace) -> str:
     """Genotype, objectives and the choice of every slot that is not the teacher's, as plotly's line-broken text."""
     lines = [f"<b>{format_genotype(measurement.genotype)}</b>"]
-    lines += [f"{objective.label}: " + (drop_text(measurement) if name == "psnr_drop_db" else
-                                        objective.format(measurement.values[name]))
-              for name, objective in OBJECTIVES.items() if name in measurement.values]
+    lines += [f"{objective.label}: " + (drop_text(measurement) if objective.name == "psnr_drop_db" else
+                                        objective.format(measurement.values[objective.name]))
+              for objective in list_objectives(measurement.values)]
     changed = [f"{slot.name}: {choice.label}"
                for slot, choice in zip(space.slots, space.choices(measurement.genotype), strict=True)
                if not choice.teacher]

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from ens.atomic import write_atomic
-from ens.objectives import OBJECTIVES, format_value
+from ens.objectives import find_objective, format_value
 from ens.pareto.archive import Archive
 from ens.pareto.charts import draw_png, front_figure, hypervolume_figure
 from ens.pareto.front import hypervolume
@@ -64,7 +64,7 @@ def draw_report(title: str, *, front: Front, archive: Archive, crops: Crops) -> 
     from plotly.offline import get_plotlyjs
 
     space, measurements, reference = archive.space, archive.measurements(), front.reference
-    colours, headers = choice_colours(space), [OBJECTIVES[name].label for name in front.objectives]
+    colours, headers = choice_colours(space), [find_objective(name).label for name in front.objectives]
     history = hypervolume_figure(measurements=measurements, front=front, reference=reference) if reference else "null"
     return environment.get_template("report.html.j2").render(
         title=title, fingerprint=archive.fingerprint, space=space, facts=_facts(archive, front), names=headers,
@@ -129,7 +129,7 @@ def slot_levels(space: SearchSpace) -> list[int]:
 def _members(front: Front, *, space: SearchSpace) -> list[dict[str, object]]:
     """What page and script show of every member of the front."""
     headers, rows = front_rows(front)
-    labels = [OBJECTIVES[name].label for name in front.objectives]
+    labels = [find_objective(name).label for name in front.objectives]
     return [{"genotype": format_genotype(member.genotype), "indices": list(member.genotype),
              "labels": [_short_label(slot, choice) for slot, choice in zip(space.slots, member.genotype, strict=True)],
              "role": front.role(index), "objectives": [row[headers.index(label)] for label in labels],

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ens.objectives import OBJECTIVES, Objective, find_objectives, objective_values, psnr_drop_db, psnr_drop_se_db
+from ens.objectives import (
+    Objective,
+    find_objective,
+    find_objectives,
+    list_objectives,
+    objective_values,
+    psnr_drop_db,
+    psnr_drop_se_db,
+)
 from ens.pareto.baseline import Baseline
 from ens.pareto.front import cheapest_within, knee, nearest, non_dominated
 from ens.space import Genotype, Measurement, SearchSpace, format_genotype, parse_genotype
@@ -36,7 +44,7 @@ class Front:
     @property
     def caption(self) -> str:
         """What is drawn against what, in people's words."""
-        return " against ".join(OBJECTIVES[name].label for name in self.objectives)
+        return " against ".join(find_objective(name).label for name in self.objectives)
 
     @property
     def reference(self) -> tuple[float, ...] | None:
@@ -83,14 +91,15 @@ def is_below_input(measurement: Measurement, baseline: Baseline | None) -> bool:
 
 def exceeded_costs(measurement: Measurement, teacher: Mapping[str, float]) -> tuple[str, ...]:
     """Costs of which a measurement has more than the teacher, whose values are given by name."""
-    return tuple(name for name, objective in OBJECTIVES.items() if objective.relative and name in teacher
-                 and measurement.values.get(name, 0.0) > teacher[name])
+    return tuple(objective.name for objective in list_objectives(teacher) if objective.relative
+                 and measurement.values.get(objective.name, 0.0) > teacher[objective.name])
 
 
 def known_objectives(measurements: Sequence[Measurement]) -> tuple[Objective, ...]:
     """The objectives that every valid measurement holds, in the order of `OBJECTIVES`."""
     valid = [item for item in measurements if item.valid]
-    return tuple(objective for name, objective in OBJECTIVES.items() if all(name in item.values for item in valid))
+    return tuple(objective for objective in list_objectives(valid[0].values if valid else ())
+                 if all(objective.name in item.values for item in valid))
 
 
 def check_any_valid(measurements: Sequence[Measurement]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ens.objectives import OBJECTIVES, format_value, mean_psnr_db, psnr_drop_db
+from ens.objectives import find_objective, format_value, label_value, mean_psnr_db, psnr_drop_db
 from ens.pareto.baseline import REPORT_KEYS, Tuned
 from ens.pareto.selection import Front, known_objectives
 from ens.space import Genotype, Measurement, SearchSpace, format_genotype
@@ -59,7 +59,7 @@ def front_rows(front: Front, *, short: bool = False) -> tuple[list[str], list[li
         del columns["PSNR (dB) fine-tuned"]
     if short and "psnr_drop_db" in names:
         columns = {}
-    headers = ["", "genotype", *(OBJECTIVES[name].label for name in names), *columns]
+    headers = ["", "genotype", *(find_objective(name).label for name in names), *columns]
     rows = []
     for index, member in enumerate(front.members):
         worse = f" {WORSE}" if front.below_input(index) else ""
@@ -100,7 +100,7 @@ def tuned_rows(tuned: Mapping[Genotype, Tuned]) -> tuple[list[str], list[list[st
 def member_facts(front: Front, index: int) -> list[tuple[str, str]]:
     """Label and text of everything that is known of a member."""
     member = front.members[index]
-    texts = [(OBJECTIVES[name].label if name in OBJECTIVES else name.replace("_", " "), _value_text(front, index, name))
+    texts = [(label_value(name), _value_text(front, index, name))
              for name in member.values if name != "psnr_drop_se_db"]
     drop = tuned_drop_db(member, front)
     return [*texts, *([("PSNR (dB) before fine-tuning", _mean_text(member.psnr_db))] if member.psnr_db else []),

@@ -1,0 +1,248 @@
+"""Fills a latency table: writes every choice of every slot as a file of the runtime, times them in turn, adds up.
+
+A slot's file is a network of its blocks alone, on the maps that reach it; what no slot touches is the network with all
+slots empty. Slots of one width, size and filling share a file, so each is timed once; formats with free sides share it
+between sizes too. The folder that is timed is a bundle: plan, files and a runner that needs no `ens`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from ens.atomic import atomic_path, write_atomic
+from ens.evaluate.latency import Check, Entry, LatencyError, LatencyTable, Protocol, checked_genotypes
+from ens.export.formats import FORMATS, RUNTIMES, describe_network
+from ens.networks.steps import Network, SlotSpec, Step, create_filling
+from ens.runtime import runner
+from ens.runtime.bench import quartiles
+from ens.space import Choice, Genotype, SearchSpace, format_genotype, parse_genotype
+
+
+class _Slot(Network):
+    """The blocks of one slot as a network from feature maps to feature maps."""
+
+    steps = (Step("body"),)
+    slots = ()
+
+    def __init__(self, body: nn.Module, spec: SlotSpec, size_multiple: int) -> None:
+        super().__init__()
+        self.body = body
+        self.in_channels = spec.channels
+        self.size_multiple = max(1, size_multiple // spec.downscale)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to time: its name, the stem of its file where sides are free, the shape of its input (1, C, H, W), and
+    how its network comes about.
+    """
+
+    name: str
+    stem: str
+    shape: tuple[int, int, int, int]
+    build: Callable[[], Network]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parts by group, whose files take turns; `entries` says which part each choice of each slot is."""
+
+    groups: tuple[tuple[Part, ...], ...]
+    entries: Mapping[str, Mapping[str, str]]
+
+    def files(self, runtime: str) -> dict[str, Part]:
+        """Every file that the parts need in a runtime, by name."""
+        suffix = check_runtime(runtime)
+        return {_name_file(part, suffix): part for group in self.groups for part in group}
+
+
+def plan_profile(network: Network, space: SearchSpace, *, height: int, width: int, checks: int, seed: int) -> Plan:
+    """What has to be timed of a space, on random weights: a time does not depend on them.
+
+    Every choice of every slot that differs in more than the slot, and `checks` hybrids. `network` may be on the meta
+    device.
+    """
+    multiple = network.size_multiple
+    height, width = (side + -side % multiple for side in (height, width))
+    entries: dict[str, dict[str, str]] = {}
+    groups: dict[tuple[int, ...], dict[str, Part]] = {}
+    for slot in space.slots:
+        spec = network.slot(slot.name)
+        shape = (1, spec.channels, height // spec.downscale, width // spec.downscale)
+        entries[slot.name] = {}
+        for choice in slot.choices:
+            stem = _name_part(spec, choice)
+            name = entries[slot.name][choice.label] = f"{stem}-{shape[2]}x{shape[3]}"
+            groups.setdefault(shape, {})[name] = Part(name, stem, shape, _slot_builder(network, spec, choice))
+    image = (1, network.in_channels, height, width)
+    whole = [Part("rest", "rest", image, lambda: _build_hybrid(network, space, None))]
+    for genotype in checked_genotypes(space, checks, seed):
+        name = f"hybrid-{format_genotype(genotype)}"
+        whole.append(Part(name, name, image, _hybrid_builder(network, space, genotype)))
+    return Plan((tuple(whole), *(tuple(group.values()) for group in groups.values())), entries)
+
+
+def _name_part(spec: SlotSpec, choice: Choice) -> str:
+    """A file's name that two slots share where nothing in it differs."""
+    own = spec.options if choice.teacher or choice.family == spec.family else ()
+    known = repr((spec.heads, choice.family, choice.depth, choice.options, own, spec.single and choice.teacher))
+    return f"{choice.family}-{choice.depth}-{spec.channels}ch-{hashlib.sha256(known.encode()).hexdigest()[:8]}"
+
+
+def _name_file(part: Part, suffix: str) -> str:
+    return f"{part.name if FORMATS[suffix].default_size else part.stem}{suffix}"
+
+
+def _fill(network: Network, spec: SlotSpec, choice: Choice) -> nn.Module:
+    if not choice.teacher:
+        return create_filling(spec, choice)
+    own = copy.deepcopy(network.get_submodule(spec.module))
+    return _materialise(own)
+
+
+def _materialise(module: nn.Module) -> nn.Module:
+    """Random weights for what is on the meta device: small ones, so that nothing overflows or is denormal."""
+    if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return module
+    module = module.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.uniform_(0.01, 0.05)
+    return module
+
+
+def _slot_builder(network: Network, spec: SlotSpec, choice: Choice) -> Callable[[], Network]:
+    return lambda: _Slot(_fill(network, spec, choice), spec, network.size_multiple).eval()
+
+
+def _hybrid_builder(network: Network, space: SearchSpace, genotype: Genotype) -> Callable[[], Network]:
+    return lambda: _build_hybrid(network, space, genotype)
+
+
+def _build_hybrid(network: Network, space: SearchSpace, genotype: Genotype | None) -> Network:
+    """A whole network on random weights; every slot of the space is empty without a genotype."""
+    fillings: dict[str, nn.Module] = {}
+    for position, slot in enumerate(space.slots):
+        spec = network.slot(slot.name)
+        fillings[slot.name] = nn.Sequential() if genotype is None else _fill(
+            network, spec, slot.choices[genotype[position]])
+    whole = copy.deepcopy(network)
+    for name in fillings:
+        whole.fill(name, nn.Sequential())
+    whole = _materialise(whole)  # type: ignore[assignment]
+    for name, filling in fillings.items():
+        whole.fill(name, filling)
+    return whole.eval()
+
+
+def write_bundle(plan: Plan, folder: Path, *, runtime: str, threads: int, repeats: int, passes: int,
+                 on_step: Callable[[int, int], None], should_stop: Callable[[], bool]) -> bool:
+    """Write what `plan` needs that is not in `folder` yet; False where it was stopped before the end.
+
+    Raises ValueError for a runtime there is not, and whatever an exporter raises.
+    """
+    suffix, files = check_runtime(runtime), plan.files(runtime)
+    for done, (name, part) in enumerate(files.items(), 1):
+        if not (folder / name).exists():
+            torch.manual_seed(0)
+            with atomic_path(folder / name) as temporary:
+                _write(part, temporary, suffix)
+        on_step(done, len(files))
+        if should_stop() and done < len(files):
+            return False
+    described = {"runtime": runtime, "threads": threads, "repeats": repeats, "passes": passes,
+                 "entries": plan.entries, "groups": [[
+                     {"name": part.name, "file": _name_file(part, suffix), "shape": list(part.shape)}
+                     for part in group] for group in plan.groups]}
+    write_atomic(folder / "plan.json", json.dumps(described, indent=1).encode())
+    write_atomic(folder / "run.py", Path(runner.__file__).read_bytes())
+    return True
+
+
+def check_runtime(runtime: str) -> str:
+    """The suffix of a runtime's files; raises ValueError with those there are."""
+    if runtime not in RUNTIMES:
+        raise ValueError(f"no runtime {runtime!r} to time files in; allowed: {', '.join(RUNTIMES)}")
+    return RUNTIMES[runtime][0]
+
+
+def _write(part: Part, path: Path, suffix: str) -> None:
+    network = part.build()
+    kind = FORMATS[suffix]
+    size = part.shape[2:] if kind.default_size else None
+    kind.write(network, path, describe_network(network, size), size, lambda line: None)
+
+
+class _Results(BaseModel):
+    """What a runner has left behind."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    plan: dict[str, Any]
+    facts: dict[str, str]
+    done: dict[str, dict[str, list[float]]]
+
+
+def read_results(path: Path, space: SearchSpace) -> LatencyTable:
+    """The table that a runner's `results.json` makes of its times; raises LatencyError where it is no whole one."""
+    try:
+        results = _Results.model_validate_json(path.read_text(encoding="utf-8"))
+        plan = results.plan
+        missing = plan["passes"] * len(plan["groups"]) - len(results.done)
+        if missing:
+            raise LatencyError(f"{path} is not whole: {missing} groups of files were not timed; run.py goes on")
+        times: dict[str, list[float]] = {}
+        for group in results.done.values():
+            for name, spent in group.items():
+                times.setdefault(name, []).extend(spent)
+        image = plan["groups"][0][0]["shape"]
+        protocol = Protocol(runtime=plan["runtime"], threads=plan["threads"], dtype="float32", height=image[2],
+                            width=image[3], repeats=plan["passes"] * plan["repeats"], **results.facts)
+        slots = {slot: {label: _summarise(times[name]) for label, name in choices.items()}
+                 for slot, choices in plan["entries"].items()}
+    except (OSError, UnicodeDecodeError, ValidationError, KeyError, IndexError, TypeError) as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
+        raise LatencyError(f"{path} is no result of a runner ({' '.join(str(error).split())[:200]})") from None
+    table = LatencyTable(protocol=protocol, rest=_summarise(times["rest"]), slots=slots)
+    table.check_space(space)
+    checks = {}
+    for name, spent in times.items():
+        if name.startswith("hybrid-"):
+            text = name.removeprefix("hybrid-")
+            checks[text] = Check(predicted_ms=table.predict_ms(space, parse_genotype(text, space)),
+                                 measured_ms=statistics.median(spent))
+    return table.model_copy(update={"checks": checks})
+
+
+def _summarise(spent: Sequence[float]) -> Entry:
+    return Entry(ms=statistics.median(spent), quartiles_ms=quartiles(spent))
+
+
+def profile_space(network: Network, space: SearchSpace, folder: Path, *, runtime: str, threads: int, height: int,
+                  width: int, repeats: int, passes: int, checks: int, seed: int, say: Callable[[str], None],
+                  on_write: Callable[[int, int], None], on_time: Callable[[int, int], None],
+                  should_stop: Callable[[], bool]) -> LatencyTable | None:
+    """Make the table of a space in `folder`, going on where it was stopped; None where it is stopped again."""
+    plan = plan_profile(network, space, height=height, width=width, checks=checks, seed=seed)
+    files = plan.files(runtime)
+    missing = sum(not (folder / name).exists() for name in files)
+    say(f"profile: {len(files)} files, {missing} to write, about {3 * missing} s of processor time; then "
+        f"{passes * len(plan.groups)} groups of {runtime} times at {height}x{width}")
+    if not (write_bundle(plan, folder, runtime=runtime, threads=threads, repeats=repeats, passes=passes,
+                         on_step=on_write, should_stop=should_stop)
+            and runner.time_plan(folder, on_step=on_time, should_stop=should_stop)):
+        return None
+    return read_results(folder / "results.json", space)
