@@ -98,14 +98,14 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def run(study: given.Study, out: given.Out, pick: given.Pick = "knee", candidates: given.Candidates = None,
-        teacher: given.Teacher = None,
+        teacher: given.Teacher = None, bounds: given.Bounds = None,
         storage: given.Storage = "", restart: given.Restart = False, changes: given.Set = None) -> None:
     """The whole road: train, distill, search, finetune, pareto, export; whatever of it is missing."""
     from ens import pipeline
 
     with reporting() as control:
-        folder = _start(study, out, [*(changes or ()), *_candidates(candidates)], teacher=teacher, storage=storage,
-                        pick=pick, restart=restart)
+        folder = _start(study, out, [*(changes or ()), *_candidates(candidates), *given.bound_changes(bounds)],
+                        teacher=teacher, storage=storage, pick=pick, restart=restart)
         model = pipeline.run_all(folder, control, pick=pick)
     print_front(folder, folder.front())
     print_tuned(folder, [parse_genotype(model.stem, folder.archive.space)])
@@ -154,14 +154,14 @@ def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, st
 @app.command()
 def pareto(run: given.Run, objectives: Annotated[str, typer.Option(help=(
         "Two or three measured objectives instead of the search's: psnr_drop_db,macs."))] = "",
-        within: given.Within = None, unmark: Annotated[str, typer.Option(metavar="GENOTYPE", help=(
+        within: given.Within = None, bounds: given.Bounds = None, unmark: Annotated[str, typer.Option(metavar="GENOTYPE", help=(
             "Put a genotype back that a failed export has marked invalid."))] = "",
         storage: given.Storage = "") -> None:
     """Print the front of a run and write it as CSV, Markdown, PNG and one HTML page."""
     from ens import pipeline
 
     names = given.parse_names(objectives)
-    folder = _open(run, storage=storage)
+    folder = _open(run, given.bound_changes(bounds), storage=storage)
     if unmark:
         folder.unmark(unmark)
     front = folder.front(names)

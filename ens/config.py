@@ -120,6 +120,18 @@ class SearchConfig(_Section):
     objectives: tuple[str, ...] = Field(("psnr_drop_db", "penalty"), description="Two or three, all minimised.")
     budget: int = Field(500, ge=1, le=_MANY, description="Unique genotypes to measure.")
     batch_size: int = Field(1, ge=1, le=65536, description="Genotypes asked for at a time; they share prefixes.")
+    max: dict[str, Number] = Field({}, max_length=16, description=(
+        "Bounds of objectives, {latency_ms: 300}: what exceeds one is on no front."))
+
+
+class LatencyConfig(_Section):
+    """How `ens run` and `ens profile` time the choices of a study, on `threads` of it."""
+
+    runtime: str = Field("ort", description="ort, openvino, openvino-default, executorch or torch.")
+    size: tuple[int, int] = Field((256, 256), description="Height and width of the image in px.")
+    repeats: int = Field(3, ge=1, le=1000, description="Times that a file runs in a pass, in turn with others.")
+    passes: int = Field(3, ge=1, le=1000, description="Passes over all files; what disturbs one disturbs all.")
+    checks: int = Field(20, ge=0, le=1000, description="Random hybrids timed whole, beside their prediction.")
 
 
 class PenaltyConfig(_Section):
@@ -148,6 +160,7 @@ class StudyConfig(_Section):
     search: SearchConfig = SearchConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     penalty: PenaltyConfig = PenaltyConfig()
+    latency: LatencyConfig = LatencyConfig()
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of everything random.")
     device: str = Field("auto", description="auto, cpu, cuda, or cuda:1.")
     threads: int = Field(0, ge=0, le=1024, description="PyTorch's threads; 0 leaves the default.")
@@ -259,13 +272,13 @@ def dump_study(study: StudyConfig) -> str:
     return yaml.safe_dump(json.loads(study.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
-_MAY_CHANGE = ("search.budget", "device", "threads", "finetune.", "data.report")
+_MAY_CHANGE = ("search.budget", "search.max", "latency.", "device", "threads", "finetune.", "data.report")
 
 
 def check_same_run(before: StudyConfig, now: StudyConfig, out: Path) -> bool:
     """Whether two studies of one run folder differ; raises ConfigError where they differ in what was made with them.
 
-    The budget, the device, threads, fine-tuning and report images may change.
+    The budget, bounds, the device, threads, timing, fine-tuning and report images may change.
     """
     flat_before, flat_now = flatten(before.model_dump()), flatten(now.model_dump())
     changed = [key for key in sorted({*flat_before, *flat_now}) if flat_before.get(key) != flat_now.get(key)]

@@ -102,6 +102,18 @@ def format_value(name: str, value: float) -> str:
     return _format_db(value) if name.endswith("_db") else _format_plain(value)
 
 
+def read_quantity(text: str) -> float:
+    """`120`, `200M`, `1.5 G` as a number; raises ValueError for what is none, or not finite."""
+    scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1.0)
+    try:
+        value = float(text.rstrip("kMG").strip()) * scale
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r} is no number; write for instance 0.1, 120 or 200M")
+    return value
+
+
 def label_value(name: str) -> str:
     """What people read over a value of this name, its unit included."""
     with suppress(ValueError):

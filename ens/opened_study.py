@@ -18,13 +18,16 @@ from ens.distill.library import Library, LibraryError, create_library, open_libr
 from ens.distill.recipe import Phase, Recipe
 from ens.evaluate.cost import CostTable, build_cost_table
 from ens.evaluate.evaluator import Judge
+from ens.evaluate.latency import LatencyTable, check_name, read_table, table_path, write_table
 from ens.evaluate.meters import Meter, build_meters
 from ens.evaluate.protocols import Protocol, task_protocols
 from ens.export.hybrid import build_hybrid, open_network
 from ens.networks import create_network
 from ens.networks.slots import build_space
 from ens.networks.steps import Network, SlotSpec, create_filling
-from ens.objectives import find_objectives
+from ens.objectives import LATENCY, find_objective, find_objectives
+from ens.runtime.process import Control
+from ens.runtime.profiling import profile_space, remove_bundle
 from ens.space import Choice, Genotype, SearchSpace
 
 
@@ -53,6 +56,11 @@ class OpenedStudy:
         for name in ("device", "task", "validation", "report_set"):
             getattr(self, name)  # opening is the check; what is opened is kept
         find_objectives(study.search.objectives)
+        for name in study.search.objectives:
+            if find_objective(name).name.startswith(f"{LATENCY}@"):
+                self.read_table(name)  # another device's: it is there, or nobody can make it here
+        for name in study.search.max:
+            find_objective(name)
         if self.skeleton.upscale != self.task.scale:
             raise ConfigError(f"{study.name}: the network enlarges {self.skeleton.upscale} times, the task "
                               f"{self.task.scale} times")
@@ -210,4 +218,52 @@ class OpenedStudy:
 
     @cached_property
     def meters(self) -> dict[str, Meter]:
-        return build_meters(self.skeleton, self.space)
+        return build_meters(self.skeleton, self.space, {name: self.read_table(name) for name in self.timed})
+
+    @property
+    def timed(self) -> list[str]:
+        """The objectives of the search that come from a latency table."""
+        return [name for name in self.study.search.objectives if name.partition("@")[0] == LATENCY]
+
+    def read_table(self, objective: str) -> LatencyTable:
+        """The latency table of `latency_ms` or `latency_ms@NAME`; raises LatencyError where there is none for these
+        slots and choices.
+        """
+        check_name(objective)
+        table = read_table(table_path(self.path, objective))
+        table.check_space(self.space)
+        return table
+
+    @property
+    def is_untimed(self) -> bool:
+        """Whether the search wants this machine's latency table and there is none yet."""
+        return LATENCY in self.timed and not table_path(self.path, LATENCY).exists()
+
+    def table_path(self, objective: str, index: int, size: tuple[int, int]) -> Path:
+        """Where the table of an objective is; every size but the first has the size in its name."""
+        path = table_path(self.path, objective)
+        return path.with_name(f"{path.stem}-{size[0]}x{size[1]}.json") if index else path
+
+    def make_table(self, objective: str, index: int, size: tuple[int, int], control: Control) -> Path:
+        """Time every choice of the study as its `latency` says and write the table; the files are removed then."""
+        check_name(objective)
+        path = self.table_path(objective, index, size)
+        table = self.profile(path.with_suffix(".files"), size, control)
+        assert table is not None
+        write_table(path, table)
+        remove_bundle(path.with_suffix(".files"))
+        control.say(f"profile: {path}: {table.quality}")
+        return path
+
+    def profile(self, folder: Path, size: tuple[int, int], control: Control, *,
+                files_only: bool = False) -> LatencyTable | None:
+        """`profile_space` in `folder` as the study's `latency` says, at another size; raises Interrupted."""
+        settings = self.study.latency
+        table = profile_space(
+            self.skeleton, self.space, folder, runtime=settings.runtime, threads=self.study.threads, height=size[0],
+            width=size[1], repeats=settings.repeats, passes=settings.passes, checks=settings.checks,
+            seed=self.study.seed, files_only=files_only, say=control.say, should_stop=control.should_stop,
+            on_write=lambda done, total: control.progress("export", done, total, "files"),
+            on_time=lambda done, total: control.progress("profile", done, total, "groups of files"))
+        control.require(files_only or table is not None, "profile")
+        return table

@@ -7,10 +7,16 @@ from typing import Annotated
 
 import typer
 
+from ens.objectives import find_objective, read_quantity
+
 Study = Annotated[str, typer.Argument(metavar="SPACE.yaml", help="The study: a file, or the name of a shipped one.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that `ens run` or `ens search` made.")]
-Pick = Annotated[str, typer.Option(help="'knee', 'near 1' to 'near 5', 'within 0.1' (dB), or a genotype like 0-2-1.")]
+Pick = Annotated[str, typer.Option(help=(
+    "knee, near 1 to near 5, 'within 0.1' (dB, least of the first cost), fastest-within=0.1 (dB), "
+    "best-under=latency_ms:120, or a genotype like 0-2-1."))]
+Bounds = Annotated[list[str] | None, typer.Option("--max", metavar="OBJECTIVE=VALUE", help=(
+    "Leave out what exceeds this, for instance latency_ms=300 or macs=2G. May be given several times."))]
 Task = Annotated[str, typer.Option(help="Task with its numbers: denoise_s25, derain, deblur, sr_x4, jpeg_q10.")]
 Within = Annotated[float | None, typer.Option(help="Name the cheapest member at most this many dB below the teacher.")]
 Storage = Annotated[str, typer.Option(help="Optuna storage URL of the archive instead of RUN/archive.db.")]
@@ -66,3 +72,15 @@ def parse_size(text: str) -> tuple[int, int] | None:
 def parse_names(text: str) -> tuple[str, ...]:
     """The names of a list with commas."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def bound_changes(bounds: list[str] | None) -> list[str]:
+    """Changes of the study behind --max; raises ValueError."""
+    changes = []
+    for bound in bounds or ():
+        name, equals, text = bound.partition("=")
+        if not equals:
+            raise ValueError(f"--max takes OBJECTIVE=VALUE, for instance latency_ms=300, got {bound!r}")
+        find_objective(name)
+        changes.append(f"search.max.{name}={read_quantity(text)!r}")
+    return changes

@@ -1,9 +1,8 @@
 """The whole program, one function a verb, in the order the data flows. Read this file first.
 
-    task ─► train ─► distill ─► search ─► pareto ─► finetune ─► export ─► restore
+    task ─► train ─► distill ─► profile ─► search ─► pareto ─► finetune ─► export ─► restore
 
-A verb gets a `RunFolder` and asks it for what it needs; it skips what is there and continues what was interrupted. What
-takes long to import is imported by the verb that needs it: a finished run ends at once.
+A verb gets a `RunFolder` and asks it for what it needs; it skips what is there and continues what was interrupted.
 """
 
 from __future__ import annotations
@@ -68,12 +67,19 @@ def distill(run: RunFolder, control: Control = QUIET) -> Library:
     return library
 
 
-def search(run: RunFolder, control: Control = QUIET) -> list[Measurement]:
-    """Measure genotypes until the budget of unique evaluations is spent; every one is in the archive at once.
+def profile(run: RunFolder, control: Control = QUIET, *, objective: str = "latency_ms",
+            sizes: Sequence[tuple[int, int]] = ()) -> list[Path]:
+    """Time every choice in its slot and write the latency table of an objective, one a size; the first has its name."""
+    run.hold()
+    return [run.make_table(objective, index, size, control)
+            for index, size in enumerate(sizes or (run.study.latency.size,))]
 
-    Raises ValueError, with the first reason, where all are invalid.
-    """
+
+def search(run: RunFolder, control: Control = QUIET) -> list[Measurement]:
+    """Measure genotypes until the budget is spent; every one is in the archive at once. ValueError where all fail."""
     distill(run, control)
+    if run.is_untimed:
+        profile(run, control)
     if run.budget < run.study.search.budget:
         control.say(f"search: the space ends at {run.budget} genotypes, before the budget of {run.study.search.budget}")
     if run.is_searched:
@@ -113,10 +119,7 @@ def pareto(run: RunFolder, control: Control = QUIET, *, objectives: tuple[str, .
 
 
 def finetune(run: RunFolder, pick: str = "knee", control: Control = QUIET) -> Genotype:
-    """Train the pick and the members nearest to it (`finetune.candidates` in all); returns the one of highest PSNR.
-
-    Each keeps the best weights seen on the validation images and has its own file in `finetune/`, one a recipe.
-    """
+    """Train the pick and those nearest to it, each to its best weights on validation images; returns the best."""
     paths = {genotype: run.tuned_path(genotype) for genotype in run.candidates(pick)}
     run.hold()
     tuned = {}
@@ -207,10 +210,7 @@ def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET,
 
 
 def inspect_erf(run: RunFolder, slot: str, target: Path) -> dict[str, dict[str, EnergyMap]]:
-    """Draw the effective receptive field of a slot, the teacher's and every surrogate's, into the PNG `target`.
-
-    Choice -> state (before, distilled, fine-tuned) -> map, of the slot's features on the first four validation images.
-    """
+    """Draw the effective receptive field of a slot into the PNG `target`: choice -> state -> map, of four images."""
     from ens.evaluate.receptive_field import draw_receptive_fields, measure_slot
 
     images, downscale = run.validation.images[:4], run.skeleton.slot(slot).downscale

@@ -1,15 +1,17 @@
 """RunFolder: a study, opened, and where the files of its run are.
 
-    study.yaml  teacher/  library/  archive.db  front.csv …  report.html  finetune/  export/
+    study.yaml  teacher/  library/  latency/  archive.db  front.csv …  report.html  finetune/  export/
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -25,11 +27,19 @@ from ens.export.hybrid import HybridFiles, load_hybrid, read_facts
 from ens.networks.checkpoints import remove_state
 from ens.networks.steps import Network
 from ens.networks.weight_files import CheckpointError
-from ens.objectives import mean_psnr_db
+from ens.objectives import LATENCY, find_objective, label_value, mean_psnr_db
 from ens.opened_study import OpenedStudy
 from ens.pareto.archive import Archive, mark_invalid, open_archive, read_archive, record_tuned
 from ens.pareto.baseline import Baseline
-from ens.pareto.selection import Front, check_pick, nearest_members, pick_genotype, select_front
+from ens.pareto.selection import (
+    Front,
+    check_pick,
+    keep_within,
+    nearest_members,
+    pick_genotype,
+    pick_objectives,
+    select_front,
+)
 from ens.pareto.storage import acquire_lock, check_storage
 from ens.space import Genotype, format_genotype, parse_genotype
 
@@ -171,9 +181,22 @@ class RunFolder(OpenedStudy):
         return len(self.archive.known()) >= self.budget
 
     def front(self, objectives: tuple[str, ...] = ()) -> Front:
-        """The front of any two or three objectives that were measured, the search's by default."""
-        return select_front(self.archive.measurements(), objectives or self.archive.objectives,
-                            baseline=self.archive.baseline)
+        """The front of any two or three objectives, the search's by default: measured ones, or those of a latency table
+        that was made later. What exceeds a bound of the study (`search.max`) is left out.
+        """
+        archive, names = self.archive, objectives or self.archive.objectives
+        meters = {name: str(text) for name, text in archive.manifest.get("meters", {}).items()}
+        measured, baseline, bounds = archive.measurements(), archive.baseline, self.study.search.max
+        for name in {*names, *bounds}:
+            if find_objective(name).name.partition("@")[0] == LATENCY and name not in meters:
+                table = self.read_table(name)
+                predict, meters[name] = functools.partial(table.predict_ms, archive.space), table.identity
+                measured = [replace(one, values={**one.values, name: predict(one.genotype)}) for one in measured]
+                baseline = baseline and replace(baseline, values={**baseline.values,
+                                                                  name: predict(archive.space.teacher)})
+        front = select_front(keep_within(measured, bounds), names, baseline=baseline)
+        return replace(front, remarks=tuple(f"{label_value(name)}: {meters[name]}." for name in names
+                                            if name.partition("@")[0] == LATENCY))
 
     def shown_networks(self, front: Front) -> dict[str, Network]:
         """The teacher, the knee and its two nearest, by their roles."""
@@ -181,8 +204,8 @@ class RunFolder(OpenedStudy):
         return {"teacher": self.teacher, **{role: self.build(genotype) for role, genotype in members.items()}}
 
     def pick(self, pick: str) -> Genotype:
-        """What `knee`, `near 1`, `within 0.1` or a genotype as text means; raises ValueError."""
-        return pick_genotype(pick, front=self.front(), space=self.archive.space)
+        """What `knee`, `near 1`, `fastest-within=0.1` or a genotype as text means (`PICKS`); raises ValueError."""
+        return pick_genotype(pick, front=self.front(pick_objectives(pick)), space=self.archive.space)
 
     @property
     def is_drawn(self) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ens.evaluate.cost import CostTable, build_cost_table
+from ens.evaluate.latency import LatencyTable
 from ens.networks.steps import Network
 from ens.space import Genotype, SearchSpace
 
@@ -53,6 +54,13 @@ METERS: Mapping[str, Callable[[Network, SearchSpace], Meter]] = {
 }
 
 
-def build_meters(network: Network, space: SearchSpace) -> dict[str, Meter]:
-    """Every meter there is for this network (its weights are not looked at) and space."""
-    return {name: build(network, space) for name, build in METERS.items()}
+def build_meters(network: Network, space: SearchSpace, tables: Mapping[str, LatencyTable] | None = None,
+                 ) -> dict[str, Meter]:
+    """Every meter there is for this network (its weights are not looked at) and space, and one for each latency table,
+    by the name of its objective; raises LatencyError where a table lacks a choice.
+    """
+    for table in (tables or {}).values():
+        table.check_space(space)
+    return {**{name: build(network, space) for name, build in METERS.items()},
+            **{name: Meter(table.identity, functools.partial(table.predict_ms, space))
+               for name, table in (tables or {}).items()}}

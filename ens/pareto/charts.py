@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ens.objectives import find_objective, list_objectives, objective_values
+from ens.objectives import find_objective, label_value, list_objectives, objective_values
 from ens.pareto.front import hypervolume_history
 from ens.pareto.selection import Front
 from ens.pareto.tables import drop_text, tuned_drop_db
@@ -104,7 +104,7 @@ def front_figure(*, measurements: Sequence[Measurement], front: Front, space: Se
     if (limit := _input_drop(front, y)) is not None:
         figure.add_hline(y=limit, line={"color": _TEACHER, "width": 1, "dash": "dash"},
                          annotation={"text": "degraded input", "font": {"size": 11}})
-    return _styled(figure, xaxis=find_objective(front.objectives[x]).label, yaxis=find_objective(front.objectives[y]).label)
+    return _styled(figure, xaxis=label_value(front.objectives[x]), yaxis=label_value(front.objectives[y]))
 
 
 def hypervolume_figure(*, measurements: Sequence[Measurement], front: Front, reference: Sequence[float]) -> str:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ens.objectives import (
+    LATENCY,
     Objective,
     find_objective,
     find_objectives,
+    format_value,
     list_objectives,
     objective_values,
     psnr_drop_db,
     psnr_drop_se_db,
+    read_quantity,
 )
 from ens.pareto.baseline import Baseline
 from ens.pareto.front import cheapest_within, knee, nearest, non_dominated
@@ -26,7 +30,8 @@ from ens.space import Genotype, Measurement, SearchSpace, format_genotype, parse
 class Front:
     """The non-dominated measurements, first objective rising; `knee` and `nearest` are indices into `members`.
 
-    `teacher` holds the teacher's own values by objective name, as far as they are known.
+    `teacher` holds the teacher's own values by objective name, as far as they are known, `remarks` sentences on what
+    the values were taken on.
     """
 
     objectives: tuple[str, ...]
@@ -35,6 +40,7 @@ class Front:
     nearest: tuple[int, ...]
     baseline: Baseline | None
     teacher: Mapping[str, float]
+    remarks: tuple[str, ...] = ()
 
     @property
     def values(self) -> np.ndarray:
@@ -169,30 +175,37 @@ def _check_measured(measurements: Sequence[Measurement], objectives: Sequence[st
                 f"{', '.join(objective.name for objective in known_objectives(measurements)) or 'no objective'}")
 
 
+PICKS = ("knee, near 1 to near 5, within 0.1 (dB; least of the first cost), fastest-within=0.1 (dB; least latency_ms), "
+         "best-under=latency_ms:120 (least drop) or a genotype such as 0-2-1")
+
+
 def check_pick(pick: str, space: SearchSpace) -> None:
     """Raises ValueError for a pick that no front could understand: known before there is one."""
     if pick[:1].isdigit():
         parse_genotype(pick, space)
-    elif pick.partition(" ")[0] == "within":
-        _read_limit(pick)
-    elif pick not in ("knee", *(f"near {rank}" for rank in range(1, 6))):
-        raise ValueError(f"{pick!r} is not understood; write knee, near 1 to near 5, within 0.1 (dB) or a genotype "
-                         f"such as {format_genotype(space.teacher)}")
+    elif not _read_pick(pick) and pick not in ("knee", *(f"near {rank}" for rank in range(1, 6))):
+        raise ValueError(f"{pick!r} is not understood; write {PICKS}")
 
 
-def _read_limit(pick: str) -> float:
-    """The dB of `within 0.1`."""
-    try:
-        limit = float(pick.partition(" ")[2])
-    except ValueError:
-        limit = math.nan
-    if not math.isfinite(limit):
-        raise ValueError(f"{pick!r} is not understood; write for instance within 0.1")
-    return limit
+def _read_pick(pick: str) -> tuple[str, str, float] | None:
+    """Kind, objective and bound of `within 0.1`, `fastest-within=0.1`, `best-under=latency_ms:120`; None for others."""
+    match = re.fullmatch(r"(within|fastest-within|best-under)[ =](?:([a-z_]+(?:@[\w.-]+)?):)?(.+)", pick)
+    if match is None or bool(match[2]) != (match[1] == "best-under"):
+        return None
+    name = match[2] or (LATENCY if match[1] == "fastest-within" else "")
+    if name:
+        find_objective(name)
+    return match[1], name, read_quantity(match[3])
+
+
+def pick_objectives(pick: str) -> tuple[str, ...]:
+    """The objectives of the front that a pick looks at; none where it is the search's own."""
+    found = _read_pick(pick)
+    return ("psnr_drop_db", found[1]) if found and found[1] else ()
 
 
 def pick_genotype(pick: str, *, front: Front, space: SearchSpace) -> Genotype:
-    """Genotype meant by `knee`, `near 1`…, `within 0.1` (dB) or by itself (`0-2-1`); raises ValueError.
+    """Genotype meant by one of `PICKS`; raises ValueError. `front` is that of `pick_objectives`.
 
     Only a genotype written out may be below the degraded input.
     """
@@ -200,12 +213,28 @@ def pick_genotype(pick: str, *, front: Front, space: SearchSpace) -> Genotype:
     if pick[:1].isdigit():
         return parse_genotype(pick, space)
     _check_above_input(front)
-    if pick.startswith("within"):
-        return cheapest_member(front, _read_limit(pick)).genotype
+    if found := _read_pick(pick):
+        kind, name, bound = found
+        return (best_member(front, name, bound) if kind == "best-under" else cheapest_member(front, bound)).genotype
     roles = {front.role(index): member.genotype for index, member in enumerate(front.members)}
     if pick not in roles:
         raise ValueError(f"this front has no {pick!r}; it has {', '.join(role for role in sorted(roles) if role)}")
     return roles[pick]
+
+
+def keep_within(measurements: Sequence[Measurement], bounds: Mapping[str, float]) -> list[Measurement]:
+    """Measurements without the valid ones that exceed a bound; raises ValueError where every valid one does, or where
+    one has no value of a bounded objective.
+    """
+    _check_measured([one for one in measurements if one.valid], tuple(bounds))
+    kept = [one for one in measurements
+            if not one.valid or all(one.values[name] <= bound for name, bound in bounds.items())]
+    if bounds and any(one.valid for one in measurements) and not any(one.valid for one in kept):
+        least = {name: min(one.values[name] for one in measurements if one.valid) for name in bounds}
+        raise ValueError("no genotype that was measured keeps within " + ", ".join(
+            f"{name} {format_value(name, bound)} (least: {format_value(name, least[name])})"
+            for name, bound in bounds.items()))
+    return kept
 
 
 def nearest_members(front: Front, genotype: Genotype, *, count: int) -> list[Genotype]:
@@ -233,6 +262,19 @@ def cheapest_member(front: Front, limit: float) -> Measurement:
     drop = values[:, front.objectives.index("psnr_drop_db")]
     cost = values[:, next(index for index, name in enumerate(front.objectives) if name != "psnr_drop_db")]
     return members[cheapest_within(drop, cost, limit)]
+
+
+def best_member(front: Front, objective: str, bound: float) -> Measurement:
+    """The member of least PSNR drop before fine-tuning whose value of `objective` is at most `bound`, and which is not
+    below the degraded input; raises ValueError where there is none.
+    """
+    members = [member for index, member in enumerate(front.members)
+               if member.values[objective] <= bound and not front.below_input(index)]
+    if not members:
+        least = min(member.values[objective] for member in front.members)
+        raise ValueError(f"no member of the front has {objective} of at most {format_value(objective, bound)}; the "
+                         f"least is {format_value(objective, least)}")
+    return min(members, key=lambda member: (member.values["psnr_drop_db"], member.values[objective]))
 
 
 def _check_above_input(front: Front) -> None:

@@ -52,7 +52,7 @@ def front_rows(front: Front, *, short: bool = False) -> tuple[list[str], list[li
     fits 80 columns: one other cost, and no PSNR where the drop says it.
     """
     others = [one.name for one in known_objectives(front.members) if one.name not in front.objectives]
-    names = [*front.objectives, *(others[-2:-1] or others if short else others)]
+    names = [*front.objectives, *(others[:1] if short else others)]
     columns = {"PSNR (dB) before fine-tuning": [_mean_text(member.psnr_db) for member in front.members],
                "PSNR (dB) fine-tuned": [_mean_text(member.psnr_db_tuned) for member in front.members]}
     if not any(member.psnr_db_tuned for member in front.members):
@@ -71,7 +71,7 @@ def front_rows(front: Front, *, short: bool = False) -> tuple[list[str], list[li
 
 def front_notes(front: Front) -> list[str]:
     """One sentence for every mark that occurs in the rows of a front, and the PSNRs to compare them with."""
-    every, notes = range(len(front.members)), []
+    every, notes = range(len(front.members)), list(front.remarks)
     if front.baseline is not None:
         given = front.baseline.input_mean_db
         notes.append(f"Teacher {front.baseline.teacher_mean_db:.2f} dB"

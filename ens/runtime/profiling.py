@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -185,6 +186,11 @@ def _write(part: Part, path: Path, suffix: str) -> None:
     kind.write(network, path, describe_network(network, size), size, lambda line: None)
 
 
+def remove_bundle(folder: Path) -> None:
+    """Remove the files of a table that is written."""
+    shutil.rmtree(folder)
+
+
 class _Results(BaseModel):
     """What a runner has left behind."""
 
@@ -232,10 +238,14 @@ def _summarise(spent: Sequence[float]) -> Entry:
 
 
 def profile_space(network: Network, space: SearchSpace, folder: Path, *, runtime: str, threads: int, height: int,
-                  width: int, repeats: int, passes: int, checks: int, seed: int, say: Callable[[str], None],
+                  width: int, repeats: int, passes: int, checks: int, seed: int, files_only: bool,
+                  say: Callable[[str], None],
                   on_write: Callable[[int, int], None], on_time: Callable[[int, int], None],
                   should_stop: Callable[[], bool]) -> LatencyTable | None:
-    """Make the table of a space in `folder`, going on where it was stopped; None where it is stopped again."""
+    """Make the table of a space in `folder`, going on where it was stopped; None where it is stopped again.
+
+    With `files_only` nothing is timed: the folder is then a bundle for another device.
+    """
     plan = plan_profile(network, space, height=height, width=width, checks=checks, seed=seed)
     files = plan.files(runtime)
     missing = sum(not (folder / name).exists() for name in files)
@@ -243,6 +253,6 @@ def profile_space(network: Network, space: SearchSpace, folder: Path, *, runtime
         f"{passes * len(plan.groups)} groups of {runtime} times at {height}x{width}")
     if not (write_bundle(plan, folder, runtime=runtime, threads=threads, repeats=repeats, passes=passes,
                          on_step=on_write, should_stop=should_stop)
-            and runner.time_plan(folder, on_step=on_time, should_stop=should_stop)):
+            and not files_only and runner.time_plan(folder, on_step=on_time, should_stop=should_stop)):
         return None
     return read_results(folder / "results.json", space)
