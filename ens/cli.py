@@ -18,10 +18,10 @@ import typer
 
 import ens
 from ens import options as given
+from ens import timings
 from ens.console import (
     complain,
     make_table,
-    print_bench,
     print_evaluation,
     print_front,
     print_installation,
@@ -46,6 +46,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
     "Every verb continues where it was interrupted and skips what is done."))
 inspect = typer.Typer(no_args_is_help=True, help="Look inside a run.")
 app.add_typer(inspect, name="inspect")
+app.command()(timings.profile)
+app.command()(timings.bench)
 
 
 
@@ -154,7 +156,8 @@ def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, st
 @app.command()
 def pareto(run: given.Run, objectives: Annotated[str, typer.Option(help=(
         "Two or three measured objectives instead of the search's: psnr_drop_db,macs."))] = "",
-        within: given.Within = None, bounds: given.Bounds = None, unmark: Annotated[str, typer.Option(metavar="GENOTYPE", help=(
+        within: given.Within = None, bounds: given.Bounds = None,
+        unmark: Annotated[str, typer.Option(metavar="GENOTYPE", help=(
             "Put a genotype back that a failed export has marked invalid."))] = "",
         storage: given.Storage = "") -> None:
     """Print the front of a run and write it as CSV, Markdown, PNG and one HTML page."""
@@ -265,23 +268,6 @@ def evaluate(
     if broken := results[0].broken:
         complain(f"error: {checkpoint}: {broken}")
         raise typer.Exit(1)
-
-
-@app.command()
-def bench(files: Annotated[list[str], typer.Argument(metavar="A B...", help="Files that hold networks.")],
-          runtime: given.Runtime = "", size: given.Sizes = "256", threads: given.Threads = None,
-          repeats: given.Repeats = 15,
-          as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
-    """Time files in turn, in one run: milliseconds, and how many times as fast as the first."""
-    from ens.runtime.bench import bench_files
-    from ens.runtime.runner import describe_machine
-
-    shapes, machine = given.parse_sizes(size), describe_machine()
-    with reporting() as control:
-        found = {f"{height}x{width}": bench_files(
-            files, height=height, width=width, threads=threads, runtime=runtime, repeats=repeats,
-            on_round=lambda number: control.progress("bench", number, repeats, "rounds")) for height, width in shapes}
-    print_bench(files, found, {**machine, "threads": str(threads or "default")}, as_json=as_json)
 
 
 @app.command()

@@ -9,14 +9,14 @@ from ens.evaluate.meters import METERS, Meter, build_meters
 from ens.networks import create_network
 from ens.networks.slots import build_space
 from ens.networks.steps import create_filling
-from ens.objectives import OBJECTIVES
+from ens.objectives import LATENCY, OBJECTIVES
 from ens.space import Choice
 
 OPTIONS = {"dim": 8, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 1, "heads": [1, 1, 1, 1]}
 
 
 def test_every_objective_but_the_quality_has_a_meter() -> None:
-    assert {*METERS, "psnr_drop_db"} == set(OBJECTIVES)
+    assert {*METERS, "psnr_drop_db", LATENCY} == set(OBJECTIVES)
 
 
 def test_meters_need_no_weights_and_count_the_whole_hybrid() -> None:

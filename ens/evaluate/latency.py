@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ens.atomic import write_atomic
 from ens.objectives import LATENCY, table_of
-from ens.space import Genotype, SearchSpace, parse_genotype
+from ens.space import Genotype, SearchSpace
 
 LARGEST_ERROR = 0.10
 """Median relative error beyond which a front says that its milliseconds are rough."""
@@ -183,7 +183,3 @@ def checked_genotypes(space: SearchSpace, count: int, seed: int) -> list[Genotyp
         found[space.sample(rng)] = None
     return list(found)
 
-
-def parse_checks(checks: Sequence[str], space: SearchSpace) -> list[Genotype]:
-    """Genotypes as texts, checked against the space."""
-    return [parse_genotype(text, space) for text in checks]

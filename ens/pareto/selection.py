@@ -195,7 +195,11 @@ def _read_pick(pick: str) -> tuple[str, str, float] | None:
     name = match[2] or (LATENCY if match[1] == "fastest-within" else "")
     if name:
         find_objective(name)
-    return match[1], name, read_quantity(match[3])
+    try:
+        return match[1], name, read_quantity(match[3])
+    except ValueError:
+        raise ValueError(f"{pick!r} is not understood; write for instance within 0.1 or best-under=latency_ms:120"
+                         ) from None
 
 
 def pick_objectives(pick: str) -> tuple[str, ...]:
