@@ -12,7 +12,8 @@ from ens.export.formats import ExportError, describe_network
 from ens.export.plain import write_plain, write_source
 from ens.networks.steps import Network
 from ens.run_folder import RunFolder
-from ens.runtime.bench import bench_files, describe_machine
+from ens.runtime.bench import bench_files
+from ens.runtime.runner import describe_machine
 from ens.space import Genotype
 
 COMPANIONS = ("int8", "bundle", "plain")
