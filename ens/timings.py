@@ -47,9 +47,9 @@ def profile(
     Goes on where it was stopped; a table that is there is made anew. Random hybrids are timed whole beside their
     prediction.
     """
-    from ens import pipeline
     from ens.evaluate.latency import format_table, read_table, write_table
     from ens.objectives import LATENCY
+    from ens.pipeline import profile as make_tables
     from ens.runtime.profiling import read_results
 
     given_here = {"latency.runtime": runtime and json.dumps(runtime), "threads": threads}
@@ -68,7 +68,7 @@ def profile(
         write_table(paths[0], read_results(results, folder.space))
     else:
         with reporting() as control:
-            paths = pipeline.profile(folder, control, objective=objective, sizes=sizes)
+            paths = make_tables(folder, control, objective=objective, sizes=sizes)
     for path in paths:
         table = read_table(path)
         headers, rows = format_table(table)
