@@ -71,7 +71,7 @@ def test_kendall_tau_counts_pairs() -> None:
 def test_tables_come_back_from_disk_and_others_are_named(tmp_path: Path) -> None:
     write_table(tmp_path / "t.json", TABLE)
     assert read_table(tmp_path / "t.json") == TABLE
-    (tmp_path / "t.json").write_text("{}")
+    (tmp_path / "t.json").write_text("{}", encoding="utf-8")
     with pytest.raises(LatencyError, match="is no latency table"):
         read_table(tmp_path / "t.json")
     with pytest.raises(LatencyError, match="`ens profile` makes one"):
@@ -111,9 +111,9 @@ def test_a_bundle_runs_without_ens_and_its_results_are_a_table(tmp_path: Path) -
     table = read_results(tmp_path / "results.json", space)
     assert (table.protocol.height, table.protocol.width, table.protocol.repeats) == (16, 24, 4)
     assert table.rest.ms > 0 and all(one.ms > 0 for one in table.slots["latent"].values()) and len(table.checks) == 1
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     del results["done"]["1.0"]
-    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     with pytest.raises(LatencyError, match="1 groups of files were not timed"):
         read_results(tmp_path / "results.json", space)
 

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from ens.atomic import atomic_path, write_atomic
+from ens.blocks.rep import fold_blocks
 from ens.evaluate.latency import Check, Entry, LatencyError, LatencyTable, Protocol, checked_genotypes
 from ens.export.formats import FORMATS, RUNTIMES, describe_network
 from ens.networks.steps import Network, SlotSpec, Step, create_filling
@@ -180,7 +181,7 @@ def check_runtime(runtime: str) -> str:
 
 
 def _write(part: Part, path: Path, suffix: str) -> None:
-    network = part.build()
+    network = fold_blocks(part.build())
     kind = FORMATS[suffix]
     size = part.shape[2:] if kind.default_size else None
     kind.write(network, path, describe_network(network, size), size, lambda line: None)
