@@ -34,7 +34,7 @@ def measure(label: str) -> str:
     network = create_network(name, **options).eval()
     with tempfile.TemporaryDirectory() as folder:
         path, start = Path(folder) / "network.onnx", time.process_time()
-        FORMATS[".onnx"].write(network, path, {}, lambda line: None)
+        FORMATS[".onnx"].write(network, path, {}, None, lambda line: None)
         seconds = time.process_time() - start
         blocks = sum(spec.depth for spec in network.slots)
         return f"| {label} | {blocks} | {seconds:.1f} | {path.stat().st_size / 1e6:.1f} |"
