@@ -54,15 +54,16 @@ def _build_body(A: ir.Value) -> ir.Graph:
             for name, axis in (("last", -1), ("channels", 2))}
     nodes: list[ir.Node] = []
 
-    def apply(operator: str, *values: ir.Value, **attributes: int) -> ir.Value:
-        nodes.append(ir.node(operator, list(values), attributes))
+    def apply(operator: str, *values: ir.Value, attributes: tuple[tuple[str, int], ...] = ()) -> ir.Value:
+        nodes.append(ir.node(operator, list(values), dict(attributes)))
         return nodes[-1].outputs[0]
 
     decay = apply("Exp", apply("Mul", apply("Unsqueeze", delta, axes["last"]), A))
     write = apply("Mul", apply("Unsqueeze", apply("Mul", delta, u), axes["last"]),
                   apply("Unsqueeze", B, axes["channels"]))
     after = apply("Add", apply("Mul", decay, state), write)
-    read = apply("ReduceSum", apply("Mul", after, apply("Unsqueeze", C, axes["channels"])), axes["last"], keepdims=0)
+    read = apply("ReduceSum", apply("Mul", after, apply("Unsqueeze", C, axes["channels"])), axes["last"],
+                 attributes=(("keepdims", 0),))
     for value in (after, read):
         value.type = ir.TensorType(ir.DataType.FLOAT)
     return ir.Graph(inputs, [after, read], nodes=nodes, initializers=list(axes.values()), name="step")
