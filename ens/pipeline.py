@@ -70,7 +70,6 @@ def distill(run: RunFolder, control: Control = QUIET) -> Library:
 def profile(run: RunFolder, control: Control = QUIET, *, objective: str = "latency_ms",
             sizes: Sequence[tuple[int, int]] = ()) -> list[Path]:
     """Time every choice in its slot and write the latency table of an objective, one a size; the first has its name."""
-    run.hold()
     return [run.make_table(objective, index, size, control)
             for index, size in enumerate(sizes or (run.study.latency.size,))]
 

@@ -40,7 +40,7 @@ from ens.pareto.selection import (
     pick_objectives,
     select_front,
 )
-from ens.pareto.storage import acquire_lock, check_storage
+from ens.pareto.storage import Storage, acquire_lock
 from ens.space import Genotype, format_genotype, parse_genotype
 
 RUN_FILE = "study.yaml"
@@ -73,7 +73,7 @@ class RunFolder(OpenedStudy):
         writes to the folder.
         """
         run, file = cls(path, study, storage=storage, restart=restart), path / RUN_FILE
-        check_storage(run.storage)
+        Storage(run.storage).check()
         made = file.exists() and any((path / name).exists() for name in _MADE)
         if not made or check_same_run(load_study(file), study, path):
             run.check(tuned=bool(pick))

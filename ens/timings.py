@@ -67,6 +67,7 @@ def profile(
         paths = [folder.table_path(objective, 0, first)]
         write_table(paths[0], read_results(results, folder.space))
     else:
+        folder.hold()
         with reporting() as control:
             paths = make_tables(folder, control, objective=objective, sizes=sizes)
     for path in paths:

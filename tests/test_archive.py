@@ -22,7 +22,6 @@ import sqlalchemy
 
 from ens.pareto.archive import (
     Archive,
-    ArchiveMismatch,
     mark_invalid,
     open_archive,
     read_archive,
@@ -30,7 +29,7 @@ from ens.pareto.archive import (
 )
 from ens.pareto.baseline import Baseline, Tuned
 from ens.pareto.records import space_manifest, to_trial
-from ens.pareto.storage import ArchiveDamaged, ArchiveLocked, check_storage, storage_url
+from ens.pareto.storage import ArchiveDamaged, ArchiveLocked, ArchiveMismatch, Storage
 from ens.search import create_engine
 from ens.search.loop import run_search
 from ens.space import Choice, Genotype, Measurement, SearchSpace, Slot, parse_choice
@@ -248,10 +247,10 @@ def test_a_run_folder_of_any_name_holds_its_own_archive(name: str, kind: type, t
 
 def test_storages_that_sqlite_cannot_take_are_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="503 bytes at most"):
-        storage_url(tmp_path / "/".join(["n" * 100] * 6))
+        Storage(tmp_path / "/".join(["n" * 100] * 6))
     with pytest.raises(ValueError, match="names no file"):
         read_archive("sqlite://")
-    assert storage_url("postgresql://me:secret@host/db?sslmode=require") == "postgresql://me:secret@host/db?sslmode=require"
+    assert Storage("postgresql://me:secret@host/db?sslmode=require").url == "postgresql://me:secret@host/db?sslmode=require"
 
 
 def test_the_baseline_is_kept_as_first_given_and_never_compared(tmp_path: Path) -> None:
@@ -465,4 +464,4 @@ def test_a_mark_is_taken_back(tmp_path: Path) -> None:
     ("sqlite://", "names no file")])
 def test_a_storage_without_its_driver_is_found_by_its_name(storage: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        check_storage(storage)
+        Storage(storage).check()

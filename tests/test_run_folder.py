@@ -14,7 +14,7 @@ from ens.config import ConfigError, load_study
 from ens.data.images import Photo, write_photo
 from ens.networks import create_network
 from ens.networks.checkpoints import save_checkpoint
-from ens.pareto.archive import ArchiveMismatch
+from ens.pareto.storage import ArchiveMismatch
 from ens.run_folder import RunFolder
 from ens.runtime.process import Control
 

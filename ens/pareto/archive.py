@@ -12,8 +12,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,18 +34,8 @@ from ens.pareto.records import (
     to_json,
     to_trial,
 )
-from ens.pareto.storage import (
-    ArchiveDamaged,
-    ArchiveLocked,
-    acquire_lock,
-    holds_study_tables,
-    printed_storage,
-    reason_of,
-    sqlite_path,
-    storage_url,
-)
+from ens.pareto.storage import ArchiveMismatch, Storage, reason_of
 from ens.pareto.trials import Trials
-from ens.shortage import is_shortage
 from ens.space import Genotype, Measurement, SearchSpace, format_genotype
 
 # Optuna logs every new study at INFO to stderr, where progress bars live.
@@ -56,10 +45,6 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 _MANIFEST, _BASELINE = "ens", "ens:baseline"
 # One attribute a genotype (and recipe), so that two processes never overwrite each other's.
 _UNUSABLE, _TUNED = "ens:unusable:", "ens:tuned:"
-
-
-class ArchiveMismatch(ValueError):
-    """The archive was recorded with another configuration than the one it is opened with."""
 
 
 class Archive:
@@ -186,27 +171,24 @@ def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequenc
     that writes to the same SQLite file, ArchiveDamaged for a file that is no archive.
     """
     stored = json.loads(json.dumps({**manifest, "objectives": list(objectives), **space_manifest(space)}))
-    path = sqlite_path(storage)
-    lock = None if path is None else acquire_lock(path)
+    place = Storage(storage)
+    lock = place.lock()
     try:
-        with _named(storage):
-            if path is not None and path.is_file():
-                holds_study_tables(path)  # raises for a database of something else
-            study, trials = _load(storage, name=name, num_objectives=len(objectives))
-            found = study.user_attrs.get(_MANIFEST)
+        study, trials = place.create_study(name, len(objectives))
+        found = study.user_attrs.get(_MANIFEST)
         if found is None:
             if len(trials):
-                raise ArchiveMismatch(f"study {name!r} in {printed_storage(storage)} was not recorded by ens")
+                raise ArchiveMismatch(f"study {name!r} in {place} was not recorded by ens")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names(list(objectives))
             study.set_user_attr(_MANIFEST, stored)
         elif found != stored:
-            raise ArchiveMismatch(f"{printed_storage(storage)} was recorded with another configuration: "
+            raise ArchiveMismatch(f"{place} was recorded with another configuration: "
                                   f"{'; '.join(_differences(found, stored))}")
         if baseline is not None and _BASELINE not in study.user_attrs:
             study.set_user_attr(_BASELINE, to_baseline(baseline))
-        with _named(storage):
+        with place.opening():
             return Archive(study.user_attrs, trials, lock=lock, writable=True)
     except BaseException:
         if lock is not None:
@@ -220,8 +202,9 @@ def read_archive(storage: str | Path, *, name: str = "ens") -> Archive:
     Raises FileNotFoundError where there is no file or study, ArchiveDamaged for a file that is no archive of ens.
     Nothing is written, whatever the file holds.
     """
-    with _named(storage):
-        study, trials = _load_recorded(storage, name)
+    place = Storage(storage)
+    with place.opening():
+        study, trials = _load_recorded(place, name)
         try:
             return Archive(study.user_attrs, trials, lock=None, writable=False)
         finally:
@@ -233,9 +216,7 @@ def mark_invalid(storage: str | Path, genotype: Genotype, reason: str, *, name: 
 
     An empty reason puts it back.
     """
-    with _named(storage):
-        study, trials = _load_recorded(storage, name)
-        trials.close()
+    study = _open_recorded(storage, name)
     read_space(study.user_attrs[_MANIFEST]).check(genotype)
     study.set_user_attr(_UNUSABLE + format_genotype(genotype), reason)
 
@@ -252,62 +233,33 @@ def record_tuned(storage: str | Path, genotype: Genotype, *, recipe: str, psnr_d
         raise ValueError(f"a fine-tuned result needs finite PSNRs, got {list(psnr_db)} and {dict(report)}")
     if unknown := [key for key in report if key not in REPORT_KEYS]:
         raise ValueError(f"the report images have no {unknown[0]!r}; they have {', '.join(REPORT_KEYS)}")
-    with _named(storage):
-        study, trials = _load_recorded(storage, name)
-        trials.close()
+    study = _open_recorded(storage, name)
     read_space(study.user_attrs[_MANIFEST]).check(genotype)
     study.set_user_attr(f"{_TUNED}{format_genotype(genotype)}:{recipe}",
                         {"psnr_db": to_json(psnr_db),
                          "report": dict(zip(report, to_json(report.values()), strict=True))})
 
 
-@contextmanager
-def _named(storage: str | Path) -> Iterator[None]:
-    """Whatever a damaged or foreign database makes of Optuna, SQLAlchemy and the schemas, said in one way."""
-    try:
-        yield
-    except (FileNotFoundError, ArchiveMismatch, ArchiveLocked, ArchiveDamaged):
-        raise
-    except Exception as error:
-        if is_shortage(error):
-            raise
-        if "database is locked" in str(error):
-            raise ArchiveLocked(f"{printed_storage(storage)} is being written by another process; wait") from None
-        raise ArchiveDamaged(storage, reason_of(error)) from error
+def _open_recorded(storage: str | Path, name: str) -> optuna.Study:
+    """A study that open_archive made, to add an attribute to."""
+    place = Storage(storage)
+    with place.opening():
+        study, trials = _load_recorded(place, name)
+        trials.close()
+    return study
 
 
-def _load(storage: str | Path, *, name: str, num_objectives: int | None) -> tuple[optuna.Study, Trials]:
-    """The study of that name; created when `num_objectives` is given and it does not exist."""
-    url = storage_url(storage)
-    try:
-        if num_objectives is None:
-            # Optuna's check of its schema brings alembic, a quarter of a second; whoever opens to write has it.
-            reading = optuna.storages.RDBStorage(url, skip_compatibility_check=True)
-            study = optuna.load_study(study_name=name, storage=reading)
-        else:
-            study = optuna.create_study(study_name=name, storage=url, load_if_exists=True,
-                                        directions=["minimize"] * num_objectives)
-    except KeyError:
-        raise FileNotFoundError(f"{printed_storage(storage)} holds no study named {name!r}") from None
-    return study, Trials(url, name=name)
-
-
-def _load_recorded(storage: str | Path, name: str) -> tuple[optuna.Study, Trials]:
+def _load_recorded(place: Storage, name: str) -> tuple[optuna.Study, Trials]:
     """A study that open_archive made; raises FileNotFoundError where nothing was recorded, ValueError for another."""
-    path = sqlite_path(storage)
-    if path is not None and not path.is_file():
-        raise FileNotFoundError(f"there is no archive at {path}")
-    if path is not None and not holds_study_tables(path):  # Optuna would make them
-        raise FileNotFoundError(f"{path} is empty: nothing was recorded in it yet; `ens search` goes on with it")
-    study, trials = _load(storage, name=name, num_objectives=None)
+    study, trials = place.load_study(name)
     manifest = study.user_attrs.get(_MANIFEST)
     if manifest is None and not len(trials):
-        raise FileNotFoundError(f"{printed_storage(storage)} holds nothing yet; `ens search` goes on with it")
+        raise FileNotFoundError(f"{place} holds nothing yet; `ens search` goes on with it")
     if manifest is None:
-        raise ArchiveMismatch(f"study {name!r} in {printed_storage(storage)} was not recorded by ens")
+        raise ArchiveMismatch(f"study {name!r} in {place} was not recorded by ens")
     if isinstance(manifest, dict) and "space" not in manifest:
-        raise ArchiveMismatch(f"{printed_storage(storage)} was recorded by an older version of ens, which priced "
-                              "transformers otherwise; search again in another run folder")
+        raise ArchiveMismatch(f"{place} was recorded by an older version of ens, which priced transformers otherwise; "
+                              "search again in another run folder")
     check_manifest(manifest)
     return study, trials
 

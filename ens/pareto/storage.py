@@ -5,89 +5,134 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
+import optuna
 import sqlalchemy
 from filelock import FileLock, Timeout
 
+from ens.pareto.trials import Trials
+from ens.shortage import is_shortage
 
-class ArchiveLocked(RuntimeError):
-    """Another process is writing to the archive."""
-
-
-class ArchiveDamaged(ValueError):
-    """A file that is no archive, or no longer; the message names it, the reason and what to do."""
-
-    def __init__(self, storage: str | Path, reason: str) -> None:
-        advice = ("" if sqlite_path(storage) is None else
-                  ". Put a copy of it back, or search again in another run folder")
-        super().__init__(f"{printed_storage(storage)} cannot be opened as an archive: {reason}{advice}")
-
-
-def check_storage(storage: str | Path) -> None:
-    """Raises ValueError for a storage that nothing here can write to; no connection is made."""
-    try:
-        if sqlite_path(storage) is None:
-            sqlalchemy.create_engine(storage_url(storage)).dispose()
-        else:
-            storage_url(storage)
-    except sqlalchemy.exc.ArgumentError as error:
-        raise ValueError(f"storage {printed_storage(storage)}: {reason_of(error)}") from None
-    except ModuleNotFoundError as error:
-        raise ValueError(f"storage {printed_storage(storage)} needs the Python package {error.name}, which is not "
-                         "installed") from None
-
-
-def holds_study_tables(path: Path) -> bool:
-    """Whether a SQLite file has tables of an Optuna study; nothing is written. False where it is empty, or where a
-    process was killed while it made them.
-
-    Raises sqlite3.DatabaseError for another file, ValueError for a database of something else.
-    """
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True)) as connection:
-        names = {name for name, in connection.execute("select name from sqlite_master where type = 'table'")}
-    if names and "studies" not in names:
-        raise ValueError(f"it is a database of something else, with tables {', '.join(sorted(names)[:5])}")
-    return names >= _TABLES
-
+# SQLite's MAX_PATHNAME on Unix is 512 with the closing zero; its journal's name is 8 longer than the file's.
+_LONGEST_PATH = 503
 
 # What a study is read from; Optuna makes more.
 _TABLES = {"studies", "study_user_attributes", "study_directions", "trials", "trial_user_attributes", "trial_params",
            "trial_values"}
 
 
-def storage_url(storage: str | Path) -> str:
-    """SQLAlchemy URL of a storage: every character of a file path means itself, a URL stays what it is.
+class ArchiveLocked(RuntimeError):
+    """Another process is writing to the archive."""
 
-    Raises ValueError for a path longer than SQLite takes.
+
+class ArchiveMismatch(ValueError):
+    """The archive was recorded with another configuration than the one it is opened with."""
+
+
+class ArchiveDamaged(ValueError):
+    """A file that is no archive, or no longer; the message names it, the reason and what to do."""
+
+
+class Storage:
+    """The place of an archive: a file path, of which every character means itself, or an Optuna storage URL.
+
+    `path` is the file, None for a database server; `url` is SQLAlchemy's; as text it is what may be printed, a URL
+    without its password. Raises ValueError for what is no storage, or a path longer than SQLite takes.
     """
-    path = sqlite_path(storage)
-    if path is None:
-        return str(storage)
+
+    def __init__(self, place: str | Path) -> None:
+        self.path, self.url = _locate(place)
+        self._printed = str(self.path or sqlalchemy.make_url(self.url).render_as_string(hide_password=True))
+
+    def __str__(self) -> str:
+        return self._printed
+
+    def check(self) -> None:
+        """Raises ValueError for a database that nothing here can write to; no connection is made."""
+        try:
+            sqlalchemy.create_engine(self.url).dispose()
+        except sqlalchemy.exc.ArgumentError as error:
+            raise ValueError(f"storage {self}: {reason_of(error)}") from None
+        except ModuleNotFoundError as error:
+            raise ValueError(f"storage {self} needs the Python package {error.name}, which is not installed") from None
+
+    def lock(self) -> FileLock | None:
+        """Keep other processes from writing to the file; None for a server, which takes any number of writers."""
+        return None if self.path is None else acquire_lock(self.path)
+
+    def has_tables(self) -> bool:
+        """Whether it has the tables of an Optuna study; nothing is written. False for a file that is absent or empty,
+        or where a process was killed while it made them; a server is not asked.
+
+        Raises sqlite3.DatabaseError for another file, ValueError for a database of something else.
+        """
+        if self.path is None:
+            return True
+        if not self.path.is_file():
+            return False
+        with closing(sqlite3.connect(f"{self.path.as_uri()}?mode=rw", uri=True)) as connection:
+            names = {name for name, in connection.execute("select name from sqlite_master where type = 'table'")}
+        if names and "studies" not in names:
+            raise ValueError(f"it is a database of something else, with tables {', '.join(sorted(names)[:5])}")
+        return names >= _TABLES
+
+    def create_study(self, name: str, num_objectives: int) -> tuple[optuna.Study, Trials]:
+        """The study of that name, a new one where there is none."""
+        with self.opening():
+            self.has_tables()  # raises for a database of something else, before Optuna adds its tables to it
+            study = optuna.create_study(study_name=name, storage=self.url, load_if_exists=True,
+                                        directions=["minimize"] * num_objectives)
+            return study, Trials(self.url, name=name)
+
+    def load_study(self, name: str) -> tuple[optuna.Study, Trials]:
+        """The study of that name; raises FileNotFoundError where there is no file or study."""
+        if self.path is not None and not self.path.is_file():
+            raise FileNotFoundError(f"there is no archive at {self}")
+        if not self.has_tables():  # Optuna would make them
+            raise FileNotFoundError(f"{self} is empty: nothing was recorded in it yet; `ens search` goes on with it")
+        try:
+            # Optuna's check of its schema brings alembic, a quarter of a second; whoever opens to write has it.
+            reading = optuna.storages.RDBStorage(self.url, skip_compatibility_check=True)
+            return optuna.load_study(study_name=name, storage=reading), Trials(self.url, name=name)
+        except KeyError:
+            raise FileNotFoundError(f"{self} holds no study named {name!r}") from None
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Whatever a damaged or foreign database makes of Optuna, SQLAlchemy and the schemas, said in one way."""
+        try:
+            yield
+        except (FileNotFoundError, ArchiveMismatch, ArchiveLocked, ArchiveDamaged):
+            raise
+        except Exception as error:
+            if is_shortage(error):
+                raise
+            if "database is locked" in str(error):
+                raise ArchiveLocked(f"{self} is being written by another process; wait") from None
+            advice = "" if self.path is None else ". Put a copy of it back, or search again in another run folder"
+            raise ArchiveDamaged(f"{self} cannot be opened as an archive: {reason_of(error)}{advice}") from error
+
+
+def _locate(place: str | Path) -> tuple[Path | None, str]:
+    """The file, None for a database server, and the URL."""
+    if not isinstance(place, Path) and "://" in place:
+        try:
+            url = sqlalchemy.make_url(place)
+        except sqlalchemy.exc.ArgumentError:
+            raise ValueError(f"{place} is no storage; write for instance sqlite:///runs/archive.db or a database "
+                             "server's URL, postgresql://user@host/name") from None
+        if url.get_backend_name() != "sqlite":
+            return None, place
+        if not url.database:
+            raise ValueError(f"{place} names no file; write for instance sqlite:///runs/archive.db")
+        place = url.database
+    path = Path(place).absolute()
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise ValueError(f"SQLite takes paths of {_LONGEST_PATH} bytes at most; {path} has {len(os.fsencode(path))}")
-    return sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
-
-
-# SQLite's MAX_PATHNAME on Unix is 512 with the closing zero; its journal's name is 8 longer than the file's.
-_LONGEST_PATH = 503
-
-
-def sqlite_path(storage: str | Path) -> Path | None:
-    """File behind a path or a SQLite URL; None for a database server. Raises ValueError for a SQLite URL of no file."""
-    if isinstance(storage, Path) or "://" not in storage:
-        return Path(storage).absolute()
-    try:
-        url = sqlalchemy.make_url(storage)
-    except sqlalchemy.exc.ArgumentError:
-        raise ValueError(f"{storage} is no storage; write for instance sqlite:///runs/archive.db or a database "
-                         "server's URL, postgresql://user@host/name") from None
-    if url.get_backend_name() != "sqlite":
-        return None
-    if not url.database:
-        raise ValueError(f"{storage} names no file; write for instance sqlite:///runs/archive.db")
-    return Path(url.database).absolute()
+    return path, sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
 def acquire_lock(path: Path) -> FileLock:
@@ -105,12 +150,6 @@ def acquire_lock(path: Path) -> FileLock:
         raise ArchiveLocked(f"{path} is being written by {holder}; wait for it or stop it") from None
     lock_path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
     return lock
-
-
-def printed_storage(storage: str | Path) -> str:
-    """The storage as it may be printed: a database URL without its password."""
-    path = sqlite_path(storage)
-    return sqlalchemy.make_url(str(storage)).render_as_string(hide_password=True) if path is None else str(path)
 
 
 def reason_of(error: BaseException) -> str:
