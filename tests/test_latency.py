@@ -118,6 +118,35 @@ def test_a_bundle_runs_without_ens_and_its_results_are_a_table(tmp_path: Path) -
         read_results(tmp_path / "results.json", space)
 
 
+def test_the_factor_of_slots_between_neighbours_comes_from_hybrids_that_check_nothing(tmp_path: Path) -> None:
+    alone = {"restormer-2": 20.0, "conv-1a": 4.0, "restormer-1": 10.0, "conv-1b": 2.0}
+    whole = {"fit-0-0": 1 + 0.8 * 30, "fit-1-1": 1 + 0.8 * 6, "fit-0-1": 1 + 0.7 * 22, "hybrid-1-0": 1 + 0.8 * 14}
+    entries = {"a": {"restormer×2": "restormer-2", "conv×1": "conv-1a"},
+               "b": {"restormer×1": "restormer-1", "conv×1": "conv-1b"}}
+    plan = {"runtime": "ort", "threads": 1, "repeats": 1, "passes": 1, "entries": entries,
+            "groups": [[{"name": "rest", "file": "rest.onnx", "shape": [1, 3, 64, 64]}]]}
+    results = {"plan": plan, "facts": {"device": "d", "version": "1", "load": "0"},
+               "done": {"0.0": {name: [ms] for name, ms in {"rest": 1.0, **alone, **whole}.items()}}}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results), encoding="utf-8")
+    table = read_results(path, SPACE)
+    assert math.isclose(table.factor, 0.8) and math.isclose(table.slots["a"]["conv×1"].ms, 0.8 * 4)
+    assert set(table.checks) == {"1-0"} and table.median_error < 1e-9
+    results["done"]["0.0"]["rest"] = [90.0]
+    path.write_text(json.dumps(results), encoding="utf-8")
+    with pytest.raises(LatencyError, match="profile again"):
+        read_results(path, SPACE)
+
+
+def test_a_quarter_as_many_hybrids_give_the_factor_as_check_it() -> None:
+    with torch.device("meta"):
+        network = create_network("restormer", **OPTIONS)
+    plan = plan_profile(network, build_space("s", network, choices=[Choice("conv", 1)]), height=64, width=64, checks=20,
+                        seed=0)
+    kinds = [part.name.partition("-")[0] for part in plan.groups[0]]
+    assert (kinds.count("fit"), kinds.count("hybrid")) == (5, 20) and len(set(plan.groups[0])) == 26
+
+
 def test_checked_genotypes_differ_and_end_with_the_space() -> None:
     assert sorted(checked_genotypes(SPACE, 20, 0)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert checked_genotypes(SPACE, 2, 0) == checked_genotypes(SPACE, 2, 0)

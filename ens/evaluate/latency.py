@@ -57,6 +57,10 @@ class Entry(_Record):
     ms: float
     quartiles_ms: tuple[float, float]
 
+    def scaled(self, factor: float) -> Entry:
+        """The same times a factor."""
+        return Entry(ms=self.ms * factor, quartiles_ms=(self.quartiles_ms[0] * factor, self.quartiles_ms[1] * factor))
+
 
 class Check(_Record):
     """One hybrid timed whole, beside its prediction."""
@@ -66,17 +70,30 @@ class Check(_Record):
 
 
 class LatencyTable(_Record):
-    """`slots` holds the entries by slot and choice label, `rest` what no slot touches, `checks` hybrids by genotype."""
+    """`slots` holds the entries by slot and choice label, `rest` what no slot touches, `checks` hybrids by genotype.
+
+    `factor` is what the times of slots alone were multiplied by: their share between neighbours.
+    """
 
     protocol: Protocol
     rest: Entry
     slots: dict[str, dict[str, Entry]]
+    factor: float = 1.0
     checks: dict[str, Check] = {}
 
     def predict_ms(self, space: SearchSpace, genotype: Genotype) -> float:
         """Milliseconds of one pass of a hybrid; raises LatencyError for a choice the table lacks."""
         return self.rest.ms + sum(self._entry(slot.name, choice.label).ms for slot, choice in
                                   zip(space.slots, space.choices(genotype), strict=True))
+
+    def scale_slots(self, factor: float) -> LatencyTable:
+        """The same table with the entries of all slots times a factor above 0; raises LatencyError for another one."""
+        if not factor > 0:
+            raise LatencyError(f"whole hybrids take {factor:.2f} times as long as their slots: the device was busy, "
+                               "profile again")
+        slots = {slot: {label: entry.scaled(factor) for label, entry in entries.items()}
+                 for slot, entries in self.slots.items()}
+        return self.model_copy(update={"slots": slots, "factor": self.factor * factor})
 
     def _entry(self, slot: str, label: str) -> Entry:
         try:

@@ -2,7 +2,9 @@
 
 A slot's file is a network of its blocks alone, on the maps that reach it; what no slot touches is the network with all
 slots empty. Slots of one width, size and filling share a file, so each is timed once; formats with free sides share it
-between sizes too. The folder that is timed is a bundle: plan, files and a runner that needs no `ens`.
+between sizes too. Alone, a slot takes longer than between its neighbours, since its maps enter and leave the runtime: a
+few hybrids timed whole give the factor, others check what is predicted with it. The folder that is timed is a bundle:
+plan, files and a runner that needs no `ens`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ from ens.networks.steps import Network, SlotSpec, Step, create_filling
 from ens.runtime import runner
 from ens.runtime.bench import quartiles
 from ens.space import Choice, Genotype, SearchSpace, format_genotype, parse_genotype
+
+# Prefixes of the names of hybrids that are timed whole.
+_FITTED, _CHECKED = "fit-", "hybrid-"
 
 
 class _Slot(Network):
@@ -72,8 +77,8 @@ class Plan:
 def plan_profile(network: Network, space: SearchSpace, *, height: int, width: int, checks: int, seed: int) -> Plan:
     """What has to be timed of a space, on random weights: a time does not depend on them.
 
-    Every choice of every slot that differs in more than the slot, and `checks` hybrids. `network` may be on the meta
-    device.
+    Every choice of every slot that differs in more than the slot, `checks` hybrids, and a quarter as many others that
+    give the factor, both fewer in a small space. `network` may be on the meta device.
     """
     multiple = network.size_multiple
     height, width = (side + -side % multiple for side in (height, width))
@@ -89,8 +94,9 @@ def plan_profile(network: Network, space: SearchSpace, *, height: int, width: in
             groups.setdefault(shape, {})[name] = Part(name, stem, shape, _slot_builder(network, spec, choice))
     image = (1, network.in_channels, height, width)
     whole = [Part("rest", "rest", image, lambda: _build_hybrid(network, space, None))]
-    for genotype in checked_genotypes(space, checks, seed):
-        name = f"hybrid-{format_genotype(genotype)}"
+    timed = checked_genotypes(space, checks + checks // 4, seed)
+    for index, genotype in enumerate(timed):
+        name = f"{_FITTED if index < len(timed) // 5 else _CHECKED}{format_genotype(genotype)}"
         whole.append(Part(name, name, image, _hybrid_builder(network, space, genotype)))
     return Plan((tuple(whole), *(tuple(group.values()) for group in groups.values())), entries)
 
@@ -223,14 +229,21 @@ def read_results(path: Path, space: SearchSpace) -> LatencyTable:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise
         raise LatencyError(f"{path} is no result of a runner ({' '.join(str(error).split())[:200]})") from None
-    table = LatencyTable(protocol=protocol, rest=_summarise(times["rest"]), slots=slots)
-    table.check_space(space)
-    checks = {}
-    for name, spent in times.items():
-        if name.startswith("hybrid-"):
-            text = name.removeprefix("hybrid-")
-            checks[text] = Check(predicted_ms=table.predict_ms(space, parse_genotype(text, space)),
-                                 measured_ms=statistics.median(spent))
+    return _assemble(space, protocol, slots, times)
+
+
+def _assemble(space: SearchSpace, protocol: Protocol, slots: dict[str, dict[str, Entry]],
+              times: Mapping[str, Sequence[float]]) -> LatencyTable:
+    """The table of slots timed alone, by the factor that the fitted hybrids give; the other hybrids check it."""
+    alone = LatencyTable(protocol=protocol, rest=_summarise(times["rest"]), slots=slots)
+    alone.check_space(space)
+    whole = {prefix: {parse_genotype(name.removeprefix(prefix), space): statistics.median(spent)
+                      for name, spent in times.items() if name.startswith(prefix)} for prefix in (_FITTED, _CHECKED)}
+    table = alone.scale_slots(statistics.median(
+        (measured - alone.rest.ms) / (alone.predict_ms(space, genotype) - alone.rest.ms)
+        for genotype, measured in whole[_FITTED].items())) if whole[_FITTED] else alone
+    checks = {format_genotype(genotype): Check(predicted_ms=table.predict_ms(space, genotype), measured_ms=measured)
+              for genotype, measured in whole[_CHECKED].items()}
     return table.model_copy(update={"checks": checks})
 
 
