@@ -1,4 +1,4 @@
-"""Half-resolution block: most of the work on a quarter of the pixels, and one thin 3×3 beside it on all of them.
+"""Half-resolution block: most of the work on a quarter of the pixels, and one 3×3 beside it on all of them.
 
 Shapes: x (B, C, H, W) -> (B, C, H, W), any H and W. Edge operator contract throughout. `fold_blocks` before export.
 """
@@ -15,18 +15,17 @@ from ens.blocks.sides import is_known
 
 
 class HalfBlock(nn.Module):
-    """3×3(x) with identity + pixel shuffle of a gated depth-wise convolution with channel attention at half resolution.
+    """x + 3×3(x) + pixel shuffle of a gated depth-wise convolution with channel attention at half resolution.
 
-    `expand` is hidden / channels of the half-resolution part (two channels there take the place of four pixels of one).
+    `expand` is hidden / channels at half resolution, of the product of gate and values.
     """
 
-    def __init__(self, channels: int, *, expand: float = 2.0, kernel_size: int = 5) -> None:
+    def __init__(self, channels: int, *, expand: float = 1.0, kernel_size: int = 5) -> None:
         super().__init__()
         self.hidden = max(1, round(channels * expand))
-        self.full = RepConv(channels, channels, scale=0.1, identity=1.0)
-        self.down = nn.Conv2d(channels, 2 * channels, 2, stride=2)
-        self.norm = ChannelNorm(2 * channels)
-        self.project_in = projection(2 * channels, 2 * self.hidden)
+        self.full = RepConv(channels, channels, gain=0.1, identity=1.0)
+        self.down = nn.Conv2d(channels, 2 * self.hidden, 2, stride=2)
+        self.norm = ChannelNorm(2 * self.hidden)
         self.dwconv = depthwise(2 * self.hidden, kernel_size)
         self.attention = projection(self.hidden, self.hidden)
         self.project_out = projection(self.hidden, 4 * channels, gain=0.1)
@@ -35,8 +34,7 @@ class HalfBlock(nn.Module):
         height, width = x.shape[2:]
         even = all(is_known(side % 2 == 0) for side in (height, width))
         # Without knowing the sides: one more row and column, which a stride of 2 leaves out where they are even.
-        y = self.down(x if even else F.pad(x, (0, 1, 0, 1)))
-        y = self.dwconv(self.project_in(self.norm(y)))
+        y = self.dwconv(self.norm(self.down(x if even else F.pad(x, (0, 1, 0, 1)))))
         y = y[:, :self.hidden] * y[:, self.hidden:]
         y = F.pixel_shuffle(self.project_out(y * self.attention(y.mean((2, 3), keepdim=True))), 2)
         return self.full(x) + (y if even else y[..., :height, :width])

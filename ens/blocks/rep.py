@@ -20,14 +20,18 @@ class RepConv(nn.Module):
     """scale · (3×3 + 1×1) + identity · x + bias, with a scale a channel; `identity` None has no such branch.
 
     The branches are added as kernels, not as maps: the same numbers at the price of one convolution in training too.
+    `gain` makes the first kernels smaller, not their scale: that would slow down their training as much.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, scale: float = 1.0,
+    def __init__(self, in_channels: int, out_channels: int, *, gain: float = 1.0,
                  identity: float | None = None) -> None:
         super().__init__()
         self.conv3 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        self.scale = nn.Parameter(torch.full((out_channels,), scale))
+        with torch.no_grad():
+            self.conv3.weight *= gain
+            self.conv1.weight *= gain
+        self.scale = nn.Parameter(torch.ones(out_channels))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.identity = None if identity is None else nn.Parameter(torch.full((out_channels,), identity))
 
@@ -59,7 +63,7 @@ class RepBlock(nn.Module):
         hidden = max(1, round(channels * width))
         self.enter = RepConv(channels, hidden, identity=0.0 if hidden == channels else None)
         self.activation = ACTIVATIONS[activation]()
-        self.leave = RepConv(hidden, channels, scale=0.1, identity=0.0 if hidden == channels else None)
+        self.leave = RepConv(hidden, channels, gain=0.1, identity=0.0 if hidden == channels else None)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.leave(self.activation(self.enter(x)))
