@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ens.export.layout import keep_blocked
+
 Array = NDArray[Any]
 
 _BLOCK = 4
@@ -20,9 +22,12 @@ _BLOCK = 4
 
 
 def tidy_graph(model: ir.Model) -> None:
-    """Fold per-channel factors into convolutions and cut convolutions apart instead of slicing them, in place."""
+    """Fold per-channel factors into convolutions, cut convolutions apart instead of slicing them, and keep what is
+    between them in their layout, in place.
+    """
     for rewrite in (_fold_shift, _fold_factor, _cut_apart):
         _apply_until_done(model.graph, rewrite)
+    keep_blocked(model.graph)
     _drop_unused(model.graph)
 
 

@@ -104,19 +104,21 @@ def write_int8(source: Path, target: Path, *, slots: Mapping[str, str], calibrat
 def list_groups(model: onnx.ModelProto, slots: Mapping[str, str]) -> dict[str, list[str]]:
     """Names of the nodes that may become int8, by slot, in the order of the graph."""
     weights = {entry.name: entry for entry in model.graph.initializer}
-    found = [node for node in model.graph.node if node.op_type in ("Conv", "MatMul") and node.input[1] in weights]
+    found = [node for node in model.graph.node if node.op_type in ("Conv", "MatMul") and node.input[1] in weights
+             and not _is_uniform(weights[node.input[1]])]
     if len(found) > 2:
         found = found[1:-1]
     groups: dict[str, list[str]] = {}
     for node in found:
         name = node.input[1]
-        if not _is_mean(weights[name]) and not any(core in name for core in _CORES):
+        if not any(core in name for core in _CORES):
             groups.setdefault(_find_slot(name, slots), []).append(node.name)
     return groups
 
 
-def _is_mean(weight: onnx.TensorProto) -> bool:
-    """Norms are written with a convolution whose weights are all 1/C: float, like every statistic."""
+def _is_uniform(weight: onnx.TensorProto) -> bool:
+    """Means of norms and changes of layout are convolutions whose weights are all the same: float, like any statistic.
+    """
     values = onnx.numpy_helper.to_array(weight)
     return bool((values == values.flat[0]).all())
 
