@@ -13,6 +13,7 @@ from ens.export.formats import write_checked
 from ens.export.repeats import list_kinds
 from ens.networks import create_network
 from ens.networks.steps import Network
+from ens.networks.wrap import wrap_network
 
 
 def small_restormer() -> Network:
@@ -76,3 +77,10 @@ def test_the_network_is_whole_again_after_a_failed_export(tmp_path: Path) -> Non
     with pytest.raises(RuntimeError, match="cannot be traced"):
         write_checked(network, tmp_path / "net.onnx", photo=torch.rand(1, 3, 40, 56))
     assert dict(network.named_modules()) == modules
+
+
+def test_blocks_that_do_nothing_repeat_too(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Identity(), nn.Identity(), nn.Conv2d(8, 3, 3, padding=1))
+    network = wrap_network(module.eval(), slots=["1", "2"], name="empty")
+    assert names(network) == [["wrapped.1", "wrapped.2"]]
+    assert write_checked(network, tmp_path / "net.onnx", photo=torch.rand(1, 3, 40, 56)) < 1e-5

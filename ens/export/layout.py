@@ -86,7 +86,7 @@ def _bring_in(graph: ir.Graph, node: ir.Node, blocked: set[ir.Value | None]) -> 
 def _convolve(graph: ir.Graph, value: ir.Value | None, channels: int, factor: float) -> ir.Node:
     """`factor` times a map of as many channels, or times the one channel of a map, once for each."""
     assert value is not None and value.shape is not None
-    name = f"{'minus_' if factor < 0 else ''}ones_{channels}"
+    name = f"tidy_{'minus_' if factor < 0 else ''}ones_{channels}"
     if name not in graph.initializers:
         ones = ir.tensor(np.full((channels, 1, 1, 1), factor, np.float32), name=name)
         graph.register_initializer(ir.Value(name=name, shape=ir.Shape((channels, 1, 1, 1)), const_value=ones,

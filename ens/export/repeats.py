@@ -223,6 +223,9 @@ def _add_weight(graph: ir.Graph, name: str, like: ir.Value, tensor: Tensor) -> i
 
 def _insert_copy(graph: ir.Graph, mark: ir.Node, body: ir.GraphView, weights: Sequence[ir.Value]) -> None:
     """A copy of `body` on the mark's input and these weights, in the mark's place."""
+    if not len(body):  # the block gives back what it was given
+        replace_node(graph, mark, _read(mark))
+        return
     clone = body.clone()
     given = [_read(mark), *weights, *body.inputs[1 + len(weights):]]
     for value, outer in zip(clone.inputs, given, strict=True):
