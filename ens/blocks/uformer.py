@@ -127,12 +127,13 @@ class UformerBlock(nn.Module):
 def split_windows(x: Tensor, window: int) -> Tensor:
     """(B, H, W, C) -> (B·H·W/window², window², C), the windows of one image row by row."""
     batch, height, width, channels = x.shape
-    x = x.view(batch, height // window, window, width // window, window, channels)
-    return x.transpose(2, 3).reshape(-1, window**2, channels)
+    # Rank 4 all the way, which edge runtimes need: a row of windows is an image of its own.
+    x = x.reshape(batch * (height // window), window, width // window, window * channels)
+    return x.transpose(1, 2).reshape(-1, window**2, channels)
 
 
 def join_windows(windows: Tensor, window: int, shape: torch.Size) -> Tensor:
     """Inverse of split_windows for an image of this shape."""
     batch, height, width, channels = shape
-    x = windows.view(batch, height // window, width // window, window, window, channels)
-    return x.transpose(2, 3).reshape(shape)
+    x = windows.view(batch * (height // window), width // window, window, window * channels)
+    return x.transpose(1, 2).reshape(shape)

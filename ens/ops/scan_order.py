@@ -77,7 +77,7 @@ def invert_order(order: Tensor) -> Tensor:
     check_order(order)
     index = to_indices(order)
     steps = torch.arange(order.shape[-1], device=order.device).expand_as(index)
-    return torch.empty_like(index).scatter_(-1, index, steps)
+    return torch.empty_like(index).scatter(-1, index, steps)
 
 
 def reorder(x: Tensor, order: Tensor) -> Tensor:

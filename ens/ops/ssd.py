@@ -69,27 +69,35 @@ def ssd_rows(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
 
 
 def _rows_as_products(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, size: int) -> Tensor:
-    """`ssd_rows` without D. Between two steps of a chunk both directions have one decay, so they share its product."""
+    """`ssd_rows` without D. Between two steps of a chunk both directions have one decay, so they share its product.
+
+    K counts the chunks of all rows here. Heads are rows of the matrices wherever they share B and C: a product with a
+    matrix that is broadcast over them would copy it on edge runtimes.
+    """
     batch, heads, width, rows, length = x.shape
     chunks = _count_chunks(length, size)
 
-    def cut(m: Tensor) -> Tensor:  # (…, R, L) -> (…, R·K, T); padded steps have dt = 0
+    def cut(m: Tensor) -> Tensor:  # (…, R, L) -> (…, K, T); padded steps have dt = 0
         return _pad_steps(m, -1, chunks * size - length).reshape(*m.shape[:-2], rows * chunks, size)
 
     decay_BHKT = cut(dt * A.view(-1, 1, 1))
-    x_BHKPT = cut(x * dt[:, :, None]).transpose(2, 3)
-    B_B1KTN, C_B1KNT = cut(B).permute(0, 2, 3, 1)[:, None], cut(C).transpose(1, 2)[:, None]
+    decay_BKHT = decay_BHKT.transpose(1, 2).contiguous()  # else its products would copy the constants
+    x_BKHPT = cut(x * dt[:, :, None]).permute(0, 3, 1, 2, 4)
+    B_BKTN, C_BKNT = cut(B).permute(0, 2, 3, 1), cut(C).transpose(1, 2)
     # Sums of log decays over the steps between are one product with a constant; no mask, every exponent is negative.
-    apart_BHKTT = torch.exp(decay_BHKT @ _between(size).to(x)).unflatten(-1, (size, size))
-    y = x_BHKPT @ ((B_B1KTN @ C_B1KNT) * (1 + torch.eye(size).to(x)) * apart_BHKTT)
+    apart_BKHTT = torch.exp(decay_BKHT @ _between(size).to(x)).unflatten(-1, (size, size))
+    y = x_BKHPT @ (((B_BKTN @ C_BKNT) * (1 + torch.eye(size).to(x)))[:, :, None] * apart_BKHTT)
+    if isinstance(chunks, int) and chunks == 1:
+        return y.permute(0, 2, 3, 1, 4)[..., :length]
     total_BHRK = (decay_BHKT @ torch.ones(size, 1).to(x)).reshape(batch, heads, rows, chunks)
     for reverse in (False, True):
         seen_TT = _past(size, reverse=reverse, like=x).T
-        until, since = torch.exp(decay_BHKT @ (1 - seen_TT)), torch.exp(decay_BHKT @ seen_TT)
-        left_BHKPN = (x_BHKPT * until[..., None, :]) @ B_B1KTN
-        carried = _carry_matrix(left_BHKPN.reshape(batch, heads, rows, chunks, -1), total_BHRK, reverse=reverse)
-        y = y + (carried.reshape(left_BHKPN.shape) @ C_B1KNT) * since[..., None, :]
-    return y.transpose(2, 3).reshape(batch, heads, width, rows, chunks * size)[..., :length]
+        until, since = torch.exp(decay_BKHT @ (1 - seen_TT)), torch.exp(decay_BKHT @ seen_TT)
+        left_BKQN = (x_BKHPT * until[..., None, :]).flatten(2, 3) @ B_BKTN
+        left = left_BKQN.reshape(batch, rows, chunks, heads, -1).permute(0, 3, 1, 2, 4)
+        carried = _carry_matrix(left, total_BHRK, reverse=reverse).permute(0, 2, 3, 1, 4)
+        y = y + (carried.reshape(left_BKQN.shape) @ C_BKNT).reshape(y.shape) * since[..., None, :]
+    return y.permute(0, 2, 3, 1, 4).reshape(batch, heads, width, rows, chunks * size)[..., :length]
 
 
 def _count_chunks(length: int, size: int) -> int:
