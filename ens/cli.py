@@ -81,7 +81,8 @@ def _start(study: str, out: Path, changes: Sequence[str] | None, *, teacher: Pat
            pick: str = "", restart: bool = False) -> RunFolder:
     from ens.run_folder import RunFolder
 
-    return RunFolder.start(_load_study(study, changes, teacher), out, storage=storage, pick=pick, restart=restart)
+    return RunFolder.start(_load_study(study, changes, teacher), out, storage=storage, pick=pick, restart=restart,
+                           say=complain)
 
 
 def _open(run: Path, changes: Sequence[str] | None = None, *, storage: str = "", restart: bool = False) -> RunFolder:
@@ -100,14 +101,15 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def run(study: given.Study, out: given.Out, pick: given.Pick = "knee", candidates: given.Candidates = None,
-        teacher: given.Teacher = None, bounds: given.Bounds = None,
+        teacher: given.Teacher = None, bounds: given.Bounds = None, require: given.Require = None,
         storage: given.Storage = "", restart: given.Restart = False, changes: given.Set = None) -> None:
     """The whole road: train, distill, search, finetune, pareto, export; whatever of it is missing."""
     from ens import pipeline
 
     with reporting() as control:
-        folder = _start(study, out, [*(changes or ()), *_candidates(candidates), *given.bound_changes(bounds)],
-                        teacher=teacher, storage=storage, pick=pick, restart=restart)
+        asked = [*_candidates(candidates), *given.bound_changes(bounds), *given.require_changes(require)]
+        folder = _start(study, out, [*(changes or ()), *asked], teacher=teacher, storage=storage, pick=pick,
+                        restart=restart)
         model = pipeline.run_all(folder, control, pick=pick)
     print_front(folder, folder.front())
     print_tuned(folder, [parse_genotype(model.stem, folder.archive.space)])
@@ -143,13 +145,14 @@ def distill(study: given.Study, out: given.Out, teacher: given.Teacher = None, r
 
 
 @app.command()
-def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, storage: given.Storage = "",
-           changes: given.Set = None) -> None:
+def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, require: given.Require = None,
+           storage: given.Storage = "", changes: given.Set = None) -> None:
     """Measure genotypes until the budget of unique evaluations is spent."""
     from ens import pipeline
 
     with reporting() as control:
-        measured = pipeline.search(_start(study, out, changes, teacher=teacher, storage=storage), control)
+        asked = [*(changes or ()), *given.require_changes(require)]
+        measured = pipeline.search(_start(study, out, asked, teacher=teacher, storage=storage), control)
     say(f"{len(measured)} genotypes are measured. Next: {shlex.join(['ens', 'pareto', str(out)])}")
 
 

@@ -120,6 +120,8 @@ class SearchConfig(_Section):
     objectives: tuple[str, ...] = Field(("psnr_drop_db", "penalty"), description="Two or three, all minimised.")
     budget: int = Field(500, ge=1, le=_MANY, description="Unique genotypes to measure.")
     batch_size: int = Field(1, ge=1, le=65536, description="Genotypes asked for at a time; they share prefixes.")
+    require: Literal["", "edge"] = Field("", description=(
+        "edge: only blocks that edge runtimes run in one piece, the teacher's own included."))
     max: dict[str, Number] = Field({}, max_length=16, description=(
         "Bounds of objectives, {latency_ms: 300}: what exceeds one is on no front."))
 

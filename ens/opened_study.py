@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ens.data.pairs import Patches, ValidationSet, load_validation_set
 from ens.data.sizes import check_patches_fit
 from ens.data.tasks import Task, create_task
 from ens.distill.fit import choose_device
-from ens.distill.library import Library, LibraryError, create_library, open_library
+from ens.distill.library import EdgeVerdict, Library, LibraryError, create_library, open_library
 from ens.distill.recipe import Phase, Recipe
 from ens.evaluate.cost import CostTable, build_cost_table
 from ens.evaluate.evaluator import Judge
@@ -26,7 +27,7 @@ from ens.networks import create_network
 from ens.networks.slots import build_space
 from ens.networks.steps import Network, SlotSpec, create_filling
 from ens.objectives import LATENCY, find_objective, find_objectives
-from ens.runtime.process import Control
+from ens.runtime.process import QUIET, Control
 from ens.runtime.profiling import profile_space, remove_bundle
 from ens.space import Choice, Genotype, SearchSpace
 
@@ -34,16 +35,18 @@ from ens.space import Choice, Genotype, SearchSpace
 class OpenedStudy:
     """A study and the folder it runs in. Every property is opened at most once in a process, when first asked for.
 
-    The study's `threads` are set for the process.
+    The study's `threads` are set for the process. `say` gets a line on what is left out of the space.
     """
 
-    def __init__(self, path: Path, study: StudyConfig) -> None:
+    def __init__(self, path: Path, study: StudyConfig, say: Callable[[str], None] = QUIET.say) -> None:
         self.path = path
+        self.say = say
         self.study = study
         self.teacher_path = path / "teacher" / "teacher.safetensors"
         self.teacher_state = path / "teacher" / "train.pt"
         self.library_path = path / "library"
         self.distill_state = self.library_path / "training.pt"
+        self._verdicts: dict[str, dict[str, EdgeVerdict]] = {}
         self._surrogates: dict[tuple[str, Choice], nn.Module] = {}
         if study.threads:
             torch.set_num_threads(study.threads)
@@ -70,7 +73,7 @@ class OpenedStudy:
                 create_filling(spec, choice)
         if not (study.teacher or study.library or self.teacher_path.exists()):
             self.check_recipe("train", study.train)
-        if not (study.library or (self.library_path / "manifest.json").exists()):
+        if not self.has_library:
             check_patches_fit(self.train_folder, study.distill.patch_px, scale=self.task.scale)
         if tuned or study.data.train:
             self.check_recipe("finetune", study.finetune)
@@ -115,7 +118,7 @@ class OpenedStudy:
     @cached_property
     def skeleton(self) -> Network:
         """The teacher's network for its slots and sizes alone; on the meta device unless only weights tell them."""
-        if self.study.library or (self.library_path / "manifest.json").exists():
+        if self.has_library:
             return self.library.create_skeleton()
         return self.source if self.study.teacher else self.create_network("meta")
 
@@ -136,23 +139,38 @@ class OpenedStudy:
         """The teacher with the library's weights, on the CPU in evaluation mode."""
         return self.library.load_teacher()
 
+    @property
+    def has_library(self) -> bool:
+        return bool(self.study.library) or (self.library_path / "manifest.json").exists()
+
     @cached_property
     def library(self) -> Library:
         """The study's library, or the run's own, begun with the teacher where there is none yet."""
-        if self.study.library:
-            return open_library(self.study.library)
-        if (self.library_path / "manifest.json").exists():
-            return open_library(self.library_path)
-        return create_library(self.library_path, self.source, task=str(self.task), dtype=self.study.distill.dtype,
-                              recipe=self.study.distill.model_dump())
+        if self.has_library:
+            return open_library(self.study.library or self.library_path)
+        library = create_library(self.library_path, self.source, task=str(self.task), dtype=self.study.distill.dtype,
+                                 recipe=self.study.distill.model_dump())
+        library.store_verdicts(self._verdicts)
+        return library
 
     @cached_property
     def space(self) -> SearchSpace:
         study, prices = self.study, self.study.penalty
         slots = {name: parse_choices(entries) for name, entries in study.slots.items()}
-        return build_space(study.name, self.skeleton, granularity=study.granularity, slots=slots,
-                           choices=parse_choices(study.choices), penalty_teacher=prices.teacher,
-                           penalty_per_block=prices.per_block, transformers=prices.transformers)
+        space = build_space(study.name, self.skeleton, granularity=study.granularity, slots=slots,
+                            choices=parse_choices(study.choices), penalty_teacher=prices.teacher,
+                            penalty_per_block=prices.per_block, transformers=prices.transformers)
+        return self._require_edge(space) if study.search.require else space
+
+    def _require_edge(self, space: SearchSpace) -> SearchSpace:
+        """The space without what the edge contract leaves out; verdicts are the library's, made where it lacks some."""
+        from ens.export.edge import keep_edge, lint_space
+
+        known = self.library.manifest.edge if self.has_library else {}
+        self._verdicts = lint_space(space, self.skeleton, known, self.say)
+        if self.has_library:
+            self.library.store_verdicts(self._verdicts)
+        return keep_edge(space, self.skeleton, self._verdicts, self.say)
 
     @property
     def jobs(self) -> list[tuple[SlotSpec, Choice]]:

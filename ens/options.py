@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,6 +17,8 @@ Pick = Annotated[str, typer.Option(help=(
     "best-under=latency_ms:120, or a genotype like 0-2-1."))]
 Bounds = Annotated[list[str] | None, typer.Option("--max", metavar="OBJECTIVE=VALUE", help=(
     "Leave out what exceeds this, for instance latency_ms=300 or macs=2G. May be given several times."))]
+Require = Annotated[Literal["edge"] | None, typer.Option("--require", help=(
+    "edge: leave out every choice that is no single piece in ExecuTorch (XNNPACK) or a loop in ONNX."))]
 Task = Annotated[str, typer.Option(help="Task with its numbers: denoise_s25, derain, deblur, sr_x4, jpeg_q10.")]
 Within = Annotated[float | None, typer.Option(help="Name the cheapest member at most this many dB below the teacher.")]
 Storage = Annotated[str, typer.Option(help="Optuna storage URL of the archive instead of RUN/archive.db.")]
@@ -72,6 +74,11 @@ def parse_size(text: str) -> tuple[int, int] | None:
 def parse_names(text: str) -> tuple[str, ...]:
     """The names of a list with commas."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def require_changes(require: str | None) -> list[str]:
+    """Changes of the study behind --require."""
+    return [f"search.require={require}"] if require else []
 
 
 def bound_changes(bounds: list[str] | None) -> list[str]:

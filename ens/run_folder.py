@@ -41,6 +41,7 @@ from ens.pareto.selection import (
     select_front,
 )
 from ens.pareto.storage import Storage, acquire_lock
+from ens.runtime.process import QUIET
 from ens.space import Genotype, format_genotype, parse_genotype
 
 RUN_FILE = "study.yaml"
@@ -56,15 +57,17 @@ class RunFolder(OpenedStudy):
     held.
     """
 
-    def __init__(self, path: Path, study: StudyConfig, *, storage: str = "", restart: bool = False) -> None:
-        super().__init__(path, study)
+    def __init__(self, path: Path, study: StudyConfig, *, storage: str = "", restart: bool = False,
+                 say: Callable[[str], None] = QUIET.say) -> None:
+        super().__init__(path, study, say)
         self.restart = restart
         self.storage: str | Path = storage or path / "archive.db"
         self.hybrids = HybridFiles(path)
         self._archive: Archive | None = None
 
     @classmethod
-    def start(cls, study: StudyConfig, path: Path, *, storage: str = "", pick: str = "", restart: bool = False) -> Self:
+    def start(cls, study: StudyConfig, path: Path, *, storage: str = "", pick: str = "", restart: bool = False,
+              say: Callable[[str], None] = QUIET.say) -> Self:
         """Take a folder for a study, or go on where it ran before; everything the study names is checked first, and
         the `pick` that is to be fine-tuned in the end. A mistake leaves the folder as it was.
 
@@ -72,7 +75,7 @@ class RunFolder(OpenedStudy):
         report images and fine-tuning may change once something was made. Raises ArchiveLocked where another process
         writes to the folder.
         """
-        run, file = cls(path, study, storage=storage, restart=restart), path / RUN_FILE
+        run, file = cls(path, study, storage=storage, restart=restart, say=say), path / RUN_FILE
         Storage(run.storage).check()
         made = file.exists() and any((path / name).exists() for name in _MADE)
         if not made or check_same_run(load_study(file), study, path):
@@ -205,7 +208,8 @@ class RunFolder(OpenedStudy):
 
     def pick(self, pick: str) -> Genotype:
         """What `knee`, `near 1`, `fastest-within=0.1` or a genotype as text means (`PICKS`); raises ValueError."""
-        return pick_genotype(pick, front=self.front(pick_objectives(pick)), space=self.archive.space)
+        return self.space.check_open(pick_genotype(pick, front=self.front(pick_objectives(pick)),
+                                                   space=self.archive.space))
 
     @property
     def is_drawn(self) -> bool:

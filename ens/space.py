@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -67,15 +67,21 @@ def _read_option(text: str) -> int | float | str | bool:
 
 @dataclass(frozen=True)
 class Slot:
-    """A position of the network that may be filled; `choices[0]` is the teacher's."""
+    """A position of the network that may be filled; `choices[0]` is the teacher's.
+
+    Where the slot is `closed` to the teacher no genotype keeps its own blocks; they stay what drops are measured from.
+    """
 
     name: str
     choices: tuple[Choice, ...]
+    closed: bool = False
 
     def __post_init__(self) -> None:
         labels = [choice.label for choice in self.choices]
         if not labels or len(set(labels)) != len(labels):
             raise ValueError(f"slot {self.name!r} needs one or more different choices, got {labels}")
+        if self.closed and len(labels) == 1:
+            raise ValueError(f"slot {self.name!r} is closed to the teacher and has no other choice")
         if not self.choices[0].teacher or any(choice.teacher for choice in self.choices[1:]):
             raise ValueError(f"slot {self.name!r}: the first choice, and only the first, must be the teacher's")
 
@@ -102,7 +108,8 @@ class SearchSpace:
 
     @property
     def num_genotypes(self) -> int:
-        return math.prod(self.sizes)
+        """Genotypes that a search may find."""
+        return math.prod(len(slot.choices) - slot.closed for slot in self.slots)
 
     @property
     def num_surrogates(self) -> int:
@@ -145,11 +152,26 @@ class SearchSpace:
         return 0.0 if choice.family == "identity" else self.penalty_per_block * choice.depth
 
     def sample(self, rng: np.random.Generator) -> Genotype:
-        return tuple(int(rng.integers(size)) for size in self.sizes)
+        return tuple(int(rng.integers(int(slot.closed), len(slot.choices))) for slot in self.slots)
 
     def enumerate(self) -> Iterator[Genotype]:
         """Every genotype once, in lexicographic order: neighbours share the longest prefixes."""
-        return itertools.product(*(range(size) for size in self.sizes))
+        return itertools.product(*(range(slot.closed, len(slot.choices)) for slot in self.slots))
+
+    def check_open(self, genotype: Genotype) -> Genotype:
+        """Return the genotype, or raise ValueError for one that keeps the teacher in a slot that is closed to it."""
+        for index, slot in zip(self.check(genotype), self.slots, strict=True):
+            if slot.closed and index == 0:
+                raise ValueError(f"slot {slot.name} is closed to the teacher's own {slot.choices[0].label}: genotypes "
+                                 "there begin at 1")
+        return genotype
+
+    def without_closed(self) -> SearchSpace:
+        """The choices that a search may find, numbered from 0 in every slot: in closed ones 1 more is the index here.
+        """
+        slots = (Slot(slot.name, (replace(slot.choices[1], teacher=True), *slot.choices[2:])) if slot.closed else slot
+                 for slot in self.slots)
+        return replace(self, slots=tuple(slots))
 
 
 def format_genotype(genotype: Genotype) -> str:
@@ -164,7 +186,7 @@ def parse_genotype(text: str, space: SearchSpace) -> Genotype:
     except ValueError:
         raise ValueError(f"genotype {text!r} is not understood; write one number a slot, for instance "
                          f"{format_genotype(space.teacher)}") from None
-    return space.check(genotype)
+    return space.check_open(genotype)
 
 
 @dataclass(frozen=True)

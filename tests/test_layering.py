@@ -18,9 +18,9 @@ ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage":
 PRINT = {"cli", "console"}
 TOUCH_FILES = {"atomic", "networks.checkpoints", "networks.weight_files", "data.decoding", "data.images", "data.sizes",
                "distill.library", "pareto.archive", "pareto.storage", "pareto.report", "export.hybrid",
-               "export.bundle", "export.bundle_runner", "export.card", "export.executorch", "export.formats",
-               "export.int8", "export.onnx", "export.openvino", "export.torch_export", "evaluate.latency",
-               "runtime.profiling", "runtime.runner", "runtime.session", "yaml_values", "config",
+               "export.bundle", "export.bundle_runner", "export.card", "export.edge", "export.executorch",
+               "export.formats", "export.int8", "export.onnx", "export.openvino", "export.torch_export",
+               "evaluate.latency", "runtime.profiling", "runtime.runner", "runtime.session", "yaml_values", "config",
                "ops.native"}  # which looks whether its own compiled file can be loaded
 FILE_CALLS = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "unlink", "mkdir", "rename",
               "rmtree", "safe_open", "save_file", "load_file", "imread", "imwrite", "write_html"}

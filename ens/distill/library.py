@@ -27,6 +27,7 @@ from ens.networks.weight_files import CheckpointError, read_safetensors
 from ens.space import BUILTIN, Choice, SearchSpace
 
 FORMAT = 1
+_SHIPPED = Path(__file__).resolve().parents[1] / "pretrained"
 _REMEDY = "take a sound copy of the library, or distil it again into another folder"
 
 
@@ -54,6 +55,20 @@ class Surrogate(Entries):
         return f"{self.slot}/{self.choice}"
 
 
+class EdgeVerdict(Entries):
+    """Whether a kind of block is inside the edge operator contract of a runtime; `reason` says why not, "" inside.
+
+    `version` is the runtime's. `outside` counts operators that no delegate takes (ONNX: loops), `relative_error` is the
+    largest against PyTorch, -1 where it was not or could not be compared.
+    """
+
+    version: str
+    reason: str
+    delegates: int = Field(0, ge=0)
+    outside: dict[str, int] = Field(default_factory=dict)
+    relative_error: float = Field(-1.0, ge=-1)
+
+
 class TeacherEntry(Entries):
     """Manifest entry of the teacher: how it is built, and the hash of its weights after and before rounding."""
 
@@ -64,7 +79,10 @@ class TeacherEntry(Entries):
 
 
 class Manifest(Entries):
-    """What `manifest.json` holds; surrogates by `slot/choice`, in the order they were stored."""
+    """What `manifest.json` holds; surrogates by `slot/choice`, in the order they were stored.
+
+    `edge` holds verdicts by kind of block and runtime, those that somebody has asked for (`search.require`).
+    """
 
     format: int
     task: str
@@ -72,6 +90,7 @@ class Manifest(Entries):
     teacher: TeacherEntry
     recipe: dict[str, Any]
     surrogates: dict[str, Surrogate]
+    edge: dict[str, dict[str, EdgeVerdict]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
@@ -166,6 +185,13 @@ class Library:
         self.manifest.surrogates[entry.key] = entry
         self.write_manifest()
 
+    def store_verdicts(self, verdicts: Mapping[str, Mapping[str, EdgeVerdict]]) -> None:
+        """Keep verdicts on kinds of blocks in the manifest; of a library that ships nothing is written."""
+        new = {kind: dict(found) for kind, found in verdicts.items() if kind not in self.manifest.edge and found}
+        self.manifest.edge.update(new)
+        if new and self.root.parent != _SHIPPED:
+            self.write_manifest()
+
     def write_manifest(self) -> None:
         text = json.dumps(self.manifest.model_dump(), indent=1, ensure_ascii=False)
         write_atomic(self.root / "manifest.json", text.encode())
@@ -215,11 +241,10 @@ def open_library(path: str | Path) -> Library:
 
 def builtin_folder(name: str) -> Path:
     """Folder of a shipped library; raises LibraryError listing those that ship."""
-    shipped = Path(__file__).resolve().parents[1] / "pretrained"
-    names = sorted(folder.name for folder in shipped.iterdir() if (folder / "manifest.json").exists())
+    names = sorted(folder.name for folder in _SHIPPED.iterdir() if (folder / "manifest.json").exists())
     if name.removeprefix(BUILTIN) not in names:
         raise LibraryError(f"{name} does not ship; there is {', '.join(BUILTIN + known for known in names) or 'none'}")
-    return shipped / name.removeprefix(BUILTIN)
+    return _SHIPPED / name.removeprefix(BUILTIN)
 
 
 def save_weights(module: nn.Module, path: Path, dtype: torch.dtype) -> None:

@@ -6,6 +6,8 @@ Shapes: image (1, C, H, W) in [0, 1] -> (1, C, H·upscale, W·upscale). Needs th
 from __future__ import annotations
 
 import json
+import operator
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,14 @@ def lower(program: ExportedProgram, metadata: Mapping[str, str] | None = None) -
             constant_methods={_METADATA: json.dumps(dict(metadata or {}))})
 
 
+def count_operators(lowered: EdgeProgramManager) -> Counter[str]:
+    """How often a lowered program calls each operator; `delegate` is a part that XNNPACK runs."""
+    targets = [node.target for node in lowered.exported_program().graph.nodes
+               if node.op == "call_function" and node.target is not operator.getitem]
+    names = [str(getattr(target, "__name__", target)).partition(".default")[0] for target in targets]
+    return Counter("delegate" if name == "executorch_call_delegate" else name for name in names)
+
+
 def write_executorch(network: Network, path: Path, metadata: Mapping[str, str], size: Size) -> None:
     """Write the network for images of one size with `metadata` as a constant method; raises what the exporter raises.
     """
@@ -72,9 +82,17 @@ def open_executorch(path: Path, threads: int | None) -> tuple[Callable[[Tensor],
     data = path.read_bytes()
     module = portable_lib._load_for_executorch_from_buffer(data)
     metadata = json.loads(module.run_method(_METADATA, ())[0]) if _METADATA in module.method_names() else {}
+    return _bind(module, data), metadata
 
+
+def load_program(data: bytes) -> Callable[[Tensor], Tensor]:
+    """What runs an image through a `.pte` file in memory."""
+    return _bind(portable_lib._load_for_executorch_from_buffer(data), data)
+
+
+def _bind(module: Any, data: bytes) -> Callable[[Tensor], Tensor]:
     def run(image: Tensor) -> Tensor:
         assert data  # the module reads it in place: whoever holds `run` holds the file
         return module.forward((image.contiguous(),))[0].clone()
 
-    return run, metadata
+    return run

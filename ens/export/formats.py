@@ -78,7 +78,7 @@ def _open_onnx(path: Path, threads: int | None) -> OpenedFile:
 
 
 def _open_openvino(path: Path, threads: int | None, *, exact: bool = True) -> OpenedFile:
-    with _needing("openvino"):
+    with needing("openvino"):
         from ens.export.openvino import open_openvino, run_openvino
 
     model, metadata = open_openvino(path, threads, exact=exact)
@@ -101,7 +101,7 @@ def _open_program(path: Path, threads: int | None) -> OpenedFile:
 
 def _write_executorch(network: Network, path: Path, metadata: Mapping[str, str], size: Size | None,
                       on_event: Callable[[str], None]) -> None:
-    with _needing("executorch"):
+    with needing("executorch"):
         from ens.export.executorch import write_executorch
 
     assert size is not None  # by `default_size`
@@ -109,15 +109,15 @@ def _write_executorch(network: Network, path: Path, metadata: Mapping[str, str],
 
 
 def _open_executorch(path: Path, threads: int | None) -> OpenedFile:
-    with _needing("executorch"):
+    with needing("executorch"):
         from ens.export.executorch import open_executorch
 
     return OpenedFile(*open_executorch(path, threads))
 
 
 @contextmanager
-def _needing(extra: str) -> Iterator[None]:
-    """Around the import of an optional runtime."""
+def needing(extra: str) -> Iterator[None]:
+    """Around the import of an optional runtime: MissingRuntime where it is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -144,6 +144,19 @@ class Network(nn.Module):
                     if step.module and (module == step.module or module.startswith(step.module + ".")))
 
 
+class RowNetwork(Network):
+    """The blocks of one slot as a network from feature maps to feature maps: (B, channels, H, W) -> same."""
+
+    steps = (Step("body"),)
+    slots = ()
+
+    def __init__(self, body: nn.Module, channels: int, size_multiple: int = 1) -> None:
+        super().__init__()
+        self.body = body
+        self.in_channels = channels
+        self.size_multiple = size_multiple
+
+
 def block_slots(stages: Sequence[SlotSpec]) -> list[SlotSpec]:
     """Every block of these stages as a slot, in execution order; a stage that is one block itself stays as it is."""
     return [stage if stage.single else replace(stage, name=f"{stage.name}.{i}", module=f"{stage.module}.{i}", depth=1)

@@ -27,26 +27,13 @@ from ens.atomic import atomic_path, write_atomic
 from ens.blocks.rep import fold_blocks
 from ens.evaluate.latency import Check, Entry, LatencyError, LatencyTable, Protocol, checked_genotypes
 from ens.export.formats import FORMATS, RUNTIMES, describe_network
-from ens.networks.steps import Network, SlotSpec, Step, create_filling
+from ens.networks.steps import Network, RowNetwork, SlotSpec, create_filling
 from ens.runtime import runner
 from ens.runtime.bench import quartiles
 from ens.space import Choice, Genotype, SearchSpace, format_genotype, parse_genotype
 
 # Prefixes of the names of hybrids that are timed whole.
 _FITTED, _CHECKED = "fit-", "hybrid-"
-
-
-class _Slot(Network):
-    """The blocks of one slot as a network from feature maps to feature maps."""
-
-    steps = (Step("body"),)
-    slots = ()
-
-    def __init__(self, body: nn.Module, spec: SlotSpec, size_multiple: int) -> None:
-        super().__init__()
-        self.body = body
-        self.in_channels = spec.channels
-        self.size_multiple = max(1, size_multiple // spec.downscale)
 
 
 @dataclass(frozen=True)
@@ -132,7 +119,8 @@ def _materialise(module: nn.Module) -> nn.Module:
 
 
 def _slot_builder(network: Network, spec: SlotSpec, choice: Choice) -> Callable[[], Network]:
-    return lambda: _Slot(_fill(network, spec, choice), spec, network.size_multiple).eval()
+    multiple = max(1, network.size_multiple // spec.downscale)
+    return lambda: RowNetwork(_fill(network, spec, choice), spec.channels, multiple).eval()
 
 
 def _hybrid_builder(network: Network, space: SearchSpace, genotype: Genotype) -> Callable[[], Network]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -15,13 +16,11 @@ from ens.space import Genotype, SearchSpace
 
 
 class Engine(Protocol):
-    """What the loop needs of a search engine.
+    """What the loop needs of a search engine: `ENGINES[name](space, seed=seed)`, and two calls.
 
     Both calls together are a pure function of space, seed and what was told, in that order: that is what makes a
     killed search end with the same archive as one that ran through.
     """
-
-    def __init__(self, space: SearchSpace, *, seed: int) -> None: ...
 
     def ask(self, n: int) -> list[Genotype]:
         """`n` different genotypes that were never told; fewer only when the space holds no more."""
@@ -32,7 +31,7 @@ class Engine(Protocol):
         ...
 
 
-ENGINES: dict[str, type[Engine]] = {
+ENGINES: dict[str, Callable[..., Engine]] = {
     "ehvi": EhviEngine,
     "nsga2": Nsga2Engine,
     "tpe": TpeEngine,
@@ -45,4 +44,23 @@ def create_engine(name: str, space: SearchSpace, *, seed: int) -> Engine:
     """Build an engine by name; raises ValueError with the names that exist."""
     if name not in ENGINES:
         raise ValueError(f"search engine {name!r} does not exist; choose from {', '.join(ENGINES)}")
+    if any(slot.closed for slot in space.slots):
+        return _ClosedEngine(ENGINES[name](space.without_closed(), seed=seed), space)
     return ENGINES[name](space, seed=seed)
+
+
+class _ClosedEngine:
+    """Any engine where slots are closed to the teacher: it searches `space.without_closed()`, which counts from 0."""
+
+    def __init__(self, engine: Engine, space: SearchSpace) -> None:
+        self._engine = engine
+        self._first = [int(slot.closed) for slot in space.slots]
+
+    def ask(self, n: int) -> list[Genotype]:
+        return [self._shift(genotype, 1) for genotype in self._engine.ask(n)]
+
+    def tell(self, genotypes: list[Genotype], values: np.ndarray) -> None:
+        self._engine.tell([self._shift(genotype, -1) for genotype in genotypes], values)
+
+    def _shift(self, genotype: Genotype, by: int) -> Genotype:
+        return tuple(index + by * first for index, first in zip(genotype, self._first, strict=True))
