@@ -119,7 +119,8 @@ def test_every_family_runs_in_every_format(tmp_path: Path, family: str, name: st
 def test_what_ships_says_what_is_inside_and_the_demo_leaves_the_rest_out(tmp_path: Path) -> None:
     lines, study = list[str](), load_study(find_study("demo"), {"search": {"require": "edge"}})
     library = open_library("builtin:denoise_demo")
-    network, kinds = library.create_skeleton(), map(parse_choice, {entry.choice for entry in library.surrogates.values()})
+    network = library.create_skeleton()
+    kinds = {parse_choice(entry.choice) for entry in library.surrogates.values()}
     lacking = {name_kind(network.slots[0], kind).label for kind in kinds} - set(library.manifest.edge)
     assert not lacking, "python scripts/edge.py builtin:denoise_demo stores what is lacking"
     run = RunFolder.start(study, tmp_path / "run", say=lines.append)
