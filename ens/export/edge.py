@@ -30,6 +30,8 @@ TOLERANCE = 1e-4
 SIZES_PX = ((24, 32), (16, 16), (40, 16))
 """Heights and widths that a block is compared on; the first alone where it is outside already."""
 _LOOPS = ("Scan", "Loop", "If")
+_SHOWN = 4
+"""Operators that a reason names; the verdict holds all."""
 _MOST_KINDS = 4
 """Blocks after which the families whose blocks alternate begin again."""
 
@@ -86,8 +88,11 @@ def _lint_executorch(network: Network, blocks: int) -> EdgeVerdict:
 
     (count, run), errors = open_size(SIZES_PX[0]), []
     delegates = count.pop("delegate", 0)
-    reason = f"leaves {', '.join(sorted(count))} outside {delegates} delegates" if count else (
-        f"{delegates} delegates" if delegates > blocks else "")
+    outside = sorted(count)
+    reason = f"{delegates} delegates" if outside or delegates > blocks else ""
+    if outside:
+        reason += f", and outside them {', '.join(outside[:_SHOWN])}" + (
+            f" and {len(outside) - _SHOWN} more" if len(outside) > _SHOWN else "")
     for size in SIZES_PX if not reason else SIZES_PX[:1]:
         run = run if size == SIZES_PX[0] else open_size(size)[1]
         errors.append(_measure_error(network, run, size))

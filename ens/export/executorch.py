@@ -63,7 +63,8 @@ def count_operators(lowered: EdgeProgramManager) -> Counter[str]:
     """How often a lowered program calls each operator; `delegate` is a part that XNNPACK runs."""
     targets = [node.target for node in lowered.exported_program().graph.nodes
                if node.op == "call_function" and node.target is not operator.getitem]
-    names = [str(getattr(target, "__name__", target)).partition(".default")[0] for target in targets]
+    names = [str(getattr(target, "__name__", target)).removeprefix("aten.").removesuffix(".default")
+             for target in targets]
     return Counter("delegate" if name == "executorch_call_delegate" else name for name in names)
 
 
