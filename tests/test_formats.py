@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
 import os
 import zipfile
 from collections import Counter
@@ -25,7 +24,6 @@ from ens.blocks.directions import DirectionalScan
 from ens.blocks.vimm import MambaMixer
 from ens.data.images import read_photo, to_float
 from ens.export.card import write_card
-from ens.export.executorch import lower
 from ens.export.formats import FORMATS, ExportError, ParityError, describe_network, measure_parity, write_checked
 from ens.export.hybrid import build_hybrid
 from ens.networks import create_network
@@ -361,14 +359,3 @@ def test_an_edge_family_runs_in_executorch_whole_and_in_tiles(tmp_path: Path, fa
     with torch.no_grad():
         expected = restore_tiled(network.restore, image, tile_px=16, size_multiple=2)
     assert (session.restore(image) - expected).norm() <= 1e-4 * expected.norm()
-
-
-@pytest.mark.parametrize("family", ["conv", *(pytest.param(family, marks=pytest.mark.slow)
-                                              for family in ("restormer", "vssd", "plk"))])
-def test_an_edge_block_is_one_delegate(family: str) -> None:
-    block = create_stack(family, 16, 1).eval()
-    with torch.no_grad():
-        program = torch.export.export(block, (torch.rand(1, 16, 16, 16),), strict=False)
-    graph = lower(program).exported_program().graph
-    called = [node.target for node in graph.nodes if node.op == "call_function" and node.target is not operator.getitem]
-    assert [str(target) for target in called] == ["executorch_call_delegate"]
