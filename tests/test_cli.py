@@ -130,8 +130,9 @@ def test_changes_reach_the_study(run_cli: Callable[..., int], monkeypatch: pytes
 
     monkeypatch.setattr(pipeline, "search", search)
     assert run_cli("search", "search_spaces/demo.yaml", "--out", "x", "--set", "search.budget=7", "--set",
-                   "task.sigma_255=[0, 50]") == 0
+                   "task.sigma_255=[0, 50]", "--require", "edge") == 0
     assert seen[0].search.budget == 7 and seen[0].task["sigma_255"] == (0, 50) and seen[0].search.engine == "nsga2"
+    assert seen[0].search.require == "edge"
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

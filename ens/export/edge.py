@@ -79,12 +79,12 @@ def _judge(lint: Callable[[], EdgeVerdict], package: str) -> EdgeVerdict:
 
 def _lint_executorch(network: Network, blocks: int) -> EdgeVerdict:
     with needing("executorch"):
-        from ens.export.executorch import count_operators, load_program, lower
+        from ens.export.executorch import assemble, count_operators, load_program, lower
     from ens.export.torch_export import trace_network
 
     def open_size(size: tuple[int, int]) -> tuple[Counter[str], Callable[[Tensor], Tensor]]:
         lowered = lower(trace_network(network, size))
-        return count_operators(lowered), lambda image: load_program(lowered.to_executorch().buffer)(image)
+        return count_operators(lowered), lambda image: load_program(assemble(lowered))(image)
 
     (count, run), errors = open_size(SIZES_PX[0]), []
     delegates = count.pop("delegate", 0)

@@ -71,9 +71,13 @@ def count_operators(lowered: EdgeProgramManager) -> Counter[str]:
 def write_executorch(network: Network, path: Path, metadata: Mapping[str, str], size: Size) -> None:
     """Write the network for images of one size with `metadata` as a constant method; raises what the exporter raises.
     """
-    lowered = lower(trace_network(network, size), metadata)
+    path.write_bytes(assemble(lower(trace_network(network, size), metadata)))
+
+
+def assemble(lowered: EdgeProgramManager) -> bytes:
+    """The `.pte` file of a lowered program."""
     with hushed():
-        path.write_bytes(lowered.to_executorch().buffer)
+        return bytes(lowered.to_executorch().buffer)
 
 
 def open_executorch(path: Path, threads: int | None) -> tuple[Callable[[Tensor], Tensor], dict[str, str]]:
