@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ens.blocks import create_stack
-from ens.blocks.uformer import UformerBlock, WindowAttention, join_windows, split_windows
+from ens.blocks.uformer import UformerBlock, WindowAttention
 from ens.networks import create_network
 from ens.networks.uformer import Uformer
 
@@ -69,13 +69,6 @@ def test_window_attention_equals_its_definition() -> None:
     windows = torch.randn(2, 9, 6)
     expected = torch.stack([attend_slowly(attention, window, 3) for window in windows])
     assert torch.allclose(attention(windows, None), expected, atol=1e-5)
-
-
-def test_windows_split_and_join() -> None:
-    x = torch.arange(2 * 4 * 6 * 3).view(2, 4, 6, 3)
-    windows = split_windows(x, 2)
-    assert torch.equal(windows[1], x[0, :2, 2:4].reshape(4, 3))
-    assert torch.equal(join_windows(windows, 2, x.shape), x)
 
 
 def reached(block: UformerBlock, pixel: tuple[int, int]) -> Tensor:

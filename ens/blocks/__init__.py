@@ -9,6 +9,7 @@ from torch import nn
 
 from ens.blocks.bounds import MAX_DEPTH, check_options, check_size
 from ens.blocks.conv import ConvBlock
+from ens.blocks.dat import DATBlock
 from ens.blocks.half import HalfBlock
 from ens.blocks.identity import IdentityBlock
 from ens.blocks.mambair import MambaIRBlock
@@ -35,6 +36,7 @@ FAMILIES: dict[str, type[nn.Module]] = {
     "rlmb": RLMBBlock,
     "serpent": SerpentBlock,
     "uformer": UformerBlock,
+    "dat": DATBlock,
     "identity": IdentityBlock,
 }
 

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ens.blocks.sides import is_known
+from ens.blocks.windows import (
+    add_mask,
+    join_windows,
+    relative_positions,
+    run_padded,
+    separate_regions,
+    split_windows,
+)
 
 
 class QueryKeyValue(nn.Module):
@@ -37,9 +43,7 @@ class WindowAttention(nn.Module):
         self.heads = heads
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1)**2, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        y, x = torch.arange(window**2) // window, torch.arange(window**2) % window
-        position = (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
-        self.register_buffer("position", position, persistent=False)
+        self.register_buffer("position", relative_positions((window, window)), persistent=False)
         self.qkv = QueryKeyValue(channels)
         self.proj = nn.Linear(channels, channels)
 
@@ -51,7 +55,7 @@ class WindowAttention(nn.Module):
         scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)
         scores = scores + self.relative_position_bias_table[self.position].permute(2, 0, 1)
         if mask is not None:
-            scores = (scores.view(-1, *mask.shape[:1], *scores.shape[1:]) + mask[:, None]).view(scores.shape)
+            scores = add_mask(scores, mask)
         return self.proj((torch.softmax(scores, -1) @ v).transpose(1, 2).reshape(windows.shape))
 
 
@@ -94,46 +98,16 @@ class UformerBlock(nn.Module):
         return x.permute(0, 3, 1, 2).contiguous()
 
     def _attend(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        if all(is_known(side % self.window == 0) for side in (height, width)):
-            return self._attend_padded(x)
-        # Whole windows less the side, not a remainder: what a tracer then has is a multiple of the window in its eyes.
-        bottom, right = ((side + self.window - 1) // self.window * self.window - side for side in (height, width))
-        x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        return self._attend_padded(x)[:, :height, :width]
+        return run_padded(self._attend_padded, x, self.window)
 
     def _attend_padded(self, x: Tensor) -> Tensor:
         """Attention inside the windows of a map whose sides are multiples of the window, (B, H, W, C) -> same."""
-        mask = None
+        mask, window = None, (self.window, self.window)
         if self.offset:
             x = x.roll((-self.offset, -self.offset), (1, 2))
-            mask = self._separate_regions(x)
-        windows = split_windows(x, self.window)
+            mask = separate_regions(x, window, (self.offset, self.offset))
+        windows = split_windows(x, window)
         if self.modulator is not None:
             windows = windows + self.modulator.weight
-        x = join_windows(self.attn(windows, mask), self.window, x.shape)
+        x = join_windows(self.attn(windows, mask), window, x.shape)
         return x.roll((self.offset, self.offset), (1, 2)) if self.offset else x
-
-    def _separate_regions(self, x: Tensor) -> Tensor:
-        """−100 between pixels that the shift has brought into one window from opposite borders: (W, N, N)."""
-        regions = []
-        for side in x.shape[1:3]:
-            at = torch.arange(side, device=x.device)
-            regions.append((at >= side - self.window).int() + (at >= side - self.offset).int())
-        region = split_windows((3 * regions[0][:, None] + regions[1])[None, ..., None], self.window)[..., 0]
-        return (region[:, None] != region[:, :, None]).to(x.dtype) * -100.0
-
-
-def split_windows(x: Tensor, window: int) -> Tensor:
-    """(B, H, W, C) -> (B·H·W/window², window², C), the windows of one image row by row."""
-    batch, height, width, channels = x.shape
-    # Rank 4 all the way, which edge runtimes need: a row of windows is an image of its own.
-    x = x.reshape(batch * (height // window), window, width // window, window * channels)
-    return x.transpose(1, 2).reshape(-1, window**2, channels)
-
-
-def join_windows(windows: Tensor, window: int, shape: torch.Size) -> Tensor:
-    """Inverse of split_windows for an image of this shape."""
-    batch, height, width, channels = shape
-    x = windows.view(batch * (height // window), width // window, window, window * channels)
-    return x.transpose(1, 2).reshape(shape)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ens.blocks.bounds import check_options, check_size
+from ens.networks.dat import DAT
 from ens.networks.dvmsr import DVMSR
 from ens.networks.mambacsr import MambaCSR
 from ens.networks.mambair_unet import MambaIRUNet
@@ -26,6 +27,7 @@ NETWORKS: dict[str, type[Network]] = {
     "mambacsr": MambaCSR,
     "serpent": Serpent,
     "uformer": Uformer,
+    "dat": DAT,
     "wrapped": WrappedNetwork,
 }
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ens.atomic import write_atomic
-from ens.networks import create_network, dvmsr, mambacsr, mambair_unet, plksr, restormer
+from ens.networks import create_network, dat, dvmsr, mambacsr, mambair_unet, plksr, restormer
 from ens.networks.schema import Recipe, read_entries
 from ens.networks.steps import Network
 from ens.networks.weight_files import CheckpointError, read_weight_file
@@ -32,10 +32,14 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 @dataclass(frozen=True)
 class Sniffer:
-    """`markers` are keys that only this network has together; `infer` turns its state into constructor options."""
+    """`markers` are keys that only this network has together; `infer` turns its state into constructor options.
+
+    `derived` are last parts of keys whose values the network computes from its options and does not store.
+    """
 
     markers: tuple[str, ...]
     infer: Callable[[Mapping[str, Tensor]], dict[str, Any]]
+    derived: tuple[str, ...] = ()
 
 
 # To add a network: write `infer_options(state)` in the network's own file and add one row here. Markers of different
@@ -52,6 +56,9 @@ SNIFFERS: dict[str, Sniffer] = {
     "mambacsr": Sniffer(("conv_first.weight", "layers.0.residual_group.blocks.0.self_attention.x_proj_weight",
                          "layers.0.residual_group.blocks.0.conv_block.cab.0.weight", "conv_last.weight"),
                         mambacsr.infer_options),
+    "dat": Sniffer(("conv_first.weight", "before_RG.1.weight", "layers.0.blocks.0.attn.attns.0.pos.pos_proj.weight",
+                    "layers.0.blocks.0.ffn.sg.conv.weight"), dat.infer_options,
+                   ("relative_position_index", "attn_mask_0", "attn_mask_1")),
 }
 
 # Networks people try by mistake, by a piece of a key: only for the wording of an error.
@@ -136,7 +143,7 @@ def find_weights(path: str | Path, content: object) -> tuple[str, WeightSet]:
         for name, sniffer in SNIFFERS.items():
             prefixes = _find_prefixes(weights.state, sniffer)
             if prefixes:
-                return name, _take(path, sets, weights, prefixes[0])
+                return name, _take(path, sets, weights, prefixes[0], sniffer.derived)
     raise CheckpointError(path, _describe_stranger(sets[0].state))
 
 
@@ -167,12 +174,14 @@ def _find_prefixes(state: Mapping[str, Tensor], sniffer: Sniffer) -> list[str]:
     return sorted(fitting, key=lambda prefix: not any(part in _AVERAGED for part in prefix.split(".")))
 
 
-def _take(path: str | Path, sets: list[WeightSet], weights: WeightSet, prefix: str) -> WeightSet:
-    """The weights under a prefix; logs which they are where the file holds anything else."""
+def _take(path: str | Path, sets: list[WeightSet], weights: WeightSet, prefix: str,
+          derived: tuple[str, ...]) -> WeightSet:
+    """The weights under a prefix less the derived ones; logs which they are where the file holds anything else."""
     def own(names: Iterable[str]) -> list[str]:
         return [name for name in names if name.startswith(prefix)]
 
-    state = {key.removeprefix(prefix): weights.state[key] for key in own(weights.state)}
+    state = {key.removeprefix(prefix): weights.state[key] for key in own(weights.state)
+             if key.rpartition(".")[2] not in derived}
     others = [other.place or "the file itself" for other in sets if other is not weights and len(other.state) > 1]
     beside = [key for key in weights.state if not key.startswith(prefix)]
     left = [*others, *([f"{len(beside)} keys such as {beside[0]}"] if beside else [])]

@@ -5,6 +5,9 @@ Shapes: maps (B, C, H, W), images (B, 3, H, W) in [0, 1].
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -48,11 +51,29 @@ def create_group(channels: int, blocks: list[nn.Module]) -> nn.ModuleDict:
                           "conv": nn.Conv2d(channels, channels, 3, padding=1)})
 
 
-def group_steps(prefix: str, *, save: str = "") -> tuple[Step, ...]:
+def group_steps(prefix: str, *, blocks: str = "residual_group.blocks", save: str = "") -> tuple[Step, ...]:
     """x + conv(blocks(x)) of the group at `prefix`, as steps; the result is kept under `save`."""
     skip = f"{prefix}.skip"
-    return (Step(save=skip), Step(f"{prefix}.residual_group.blocks"), Step(f"{prefix}.conv"),
+    return (Step(save=skip), Step(f"{prefix}.{blocks}"), Step(f"{prefix}.conv"),
             Step(add=skip, save=save, free=(skip,)))
+
+
+def create_shuffles(channels: int, upscale: int) -> nn.Sequential:
+    """Convolutions and pixel shuffles by 2, or 3 at once, up to `upscale`: the released `upsample`.
+
+    Raises ValueError for another factor.
+    """
+    factors = {1: (), 2: (2,), 3: (3,), 4: (2, 2), 8: (2, 2, 2)}
+    if upscale not in factors:
+        raise ValueError(f"upscale is 1, 2, 3, 4 or 8, got {upscale}")
+    return nn.Sequential(*(module for factor in factors[upscale] for module in (
+        nn.Conv2d(channels, factor**2 * channels, 3, padding=1), nn.PixelShuffle(factor))))
+
+
+def infer_upscale(state: Mapping[str, Tensor], channels: int) -> int:
+    """The factor of `create_shuffles(channels, …)` under the released key `upsample`."""
+    return math.prod(round((value.shape[0] / channels)**0.5) for key, value in state.items()
+                     if key.startswith("upsample.") and key.endswith("weight"))
 
 
 def count_blocks(keys: list[str], prefix: str) -> tuple[int, ...]:

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from ens.blocks.norm import MapNorm
 from ens.blocks.rlmb import CrossScaleFusion, RLMBBlock
-from ens.networks.groups import MeanShift, PatchNorm, count_blocks, create_group, group_steps
+from ens.networks.groups import (
+    MeanShift,
+    PatchNorm,
+    count_blocks,
+    create_group,
+    create_shuffles,
+    group_steps,
+    infer_upscale,
+)
 from ens.networks.steps import Network, SlotSpec, Step
 
 _FEATURES = 64
@@ -29,8 +37,6 @@ class MambaCSR(Network):
                  depths2: Sequence[int] = (6,), mlp_ratio: float = 2.0, upscale: int = 4,
                  cross_scale_scan: bool = True, scan_size: int = 8) -> None:
         super().__init__()
-        if upscale not in (1, 2, 3, 4, 8):
-            raise ValueError(f"upscale is 1, 2, 3, 4 or 8, got {upscale}")
         low_depths = tuple(depths2) if cross_scale_scan else ()
         if len(low_depths) > len(depths):
             raise ValueError(f"depths2 has at most as many entries as depths, got {depths2} and {depths}")
@@ -72,9 +78,7 @@ class MambaCSR(Network):
         self.norm = MapNorm(channels)
         self.conv_after_body = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(channels, _FEATURES, 3, padding=1), nn.LeakyReLU())
-        factors = {1: (), 2: (2,), 3: (3,), 4: (2, 2), 8: (2, 2, 2)}[upscale]
-        self.upsample = nn.Sequential(*(module for factor in factors for module in (
-            nn.Conv2d(_FEATURES, factor**2 * _FEATURES, 3, padding=1), nn.PixelShuffle(factor))))
+        self.upsample = create_shuffles(_FEATURES, upscale)
         self.conv_last = nn.Conv2d(_FEATURES, 3, 3, padding=1)
 
 
@@ -99,11 +103,7 @@ def infer_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     keys, block = list(state), "layers.0.residual_group.blocks.0"
     embed_dim = state["conv_first.weight"].shape[0]
     depths2 = count_blocks(keys, "layers2")
-    convolutions = [state[key].shape[0] // _FEATURES for key in keys
-                    if key.startswith("upsample.") and key.endswith("weight")]
-    upscale = 1
-    for squared in convolutions:
-        upscale *= round(squared**0.5)
     return {"embed_dim": embed_dim, "d_state": state[f"{block}.self_attention.A_logs"].shape[1],
             "depths": count_blocks(keys, "layers"), "depths2": depths2, "cross_scale_scan": bool(depths2),
-            "mlp_ratio": state[f"{block}.mlp.fc1.weight"].shape[0] / embed_dim, "upscale": upscale}
+            "mlp_ratio": state[f"{block}.mlp.fc1.weight"].shape[0] / embed_dim,
+            "upscale": infer_upscale(state, _FEATURES)}
