@@ -19,6 +19,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "Uformer-B": ("uformer", {"embed_dim": 32, "depths": (1, 2, 8, 8, 2, 8, 8, 2, 1), "modulator": True}),
     "MambaIR-UNet (SIDD)": ("mambair_unet", {"mlp_ratio": 1.5}),
     "MambaCSR": ("mambacsr", {}),
+    "DAT-light": ("dat", {"embed_dim": 60, "depth": (18,), "num_heads": (6,), "expansion_factor": 2.0,
+                          "resi_connection": "3conv", "upsampler": "pixelshuffledirect"}),
 }
 
 

@@ -16,6 +16,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mambair_unet": {"dim": 8, "num_blocks": (1, 2, 1, 1), "num_refinement_blocks": 2, "mlp_ratio": 1.5, "d_state": 4},
     "plksr": {"dim": 16, "n_blocks": 2, "kernel_size": 5, "upscaling_factor": 3, "use_ea": False},
     "dvmsr": {"embed_dim": 12, "depths": (1, 2), "upscale": 3},
+    "dat": {"embed_dim": 16, "depth": (3, 1), "num_heads": (2, 4), "split_size": (2, 4), "upscale": 2},
     "mambacsr": {"embed_dim": 8, "d_state": 2, "depths": (1, 2), "depths2": (1,), "upscale": 2},
 }
 

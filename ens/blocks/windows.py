@@ -48,10 +48,11 @@ def add_mask(scores: Tensor, mask: Tensor) -> Tensor:
     return (scores.view(-1, *mask.shape[:1], *scores.shape[1:]) + mask[:, None]).view(scores.shape)
 
 
-def relative_positions(window: Size) -> Tensor:
+def relative_positions(window: Size, device: torch.device | None = None) -> Tensor:
     """Number of the offset between two pixels of a window, row by row from the smallest: (N, N) indices."""
     rows, columns = window
-    y, x = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
+    at = torch.arange(rows * columns, device=device)
+    y, x = at // columns, at % columns
     return (y[:, None] - y + rows - 1) * (2 * columns - 1) + x[:, None] - x + columns - 1
 
 
