@@ -15,11 +15,11 @@ MAX_PARAMETERS = 500_000_000
 """Of one network or stack of blocks: ten times the largest restoration network there is, 2 GB in float32."""
 
 # Largest whole number by option; memory or time grows with a power of most of them. Others may be up to _LARGEST.
-_LARGEST_OF = {"kernel_size": 127, "window": 64, "win_size": 64, "split_size": 64,
-               "split_height": 64, "split_width": 64, "sequence_window": 512, "scan_size": 64,
-               "state": 1024, "d_state": 1024, "heads": 1024, "num_heads": 1024, "in_channels": 64, "out_channels": 64,
-               "upscale": 16, "upscaling_factor": 16, "patch_size": 16, "n_blocks": MAX_DEPTH,
-               "num_refinement_blocks": MAX_DEPTH, "num_blocks": MAX_DEPTH, "depth": MAX_DEPTH, "depths": MAX_DEPTH, "depths2": MAX_DEPTH}
+_LARGEST_OF = {"kernel_size": 127, "window": 64, "win_size": 64, "split_size": 64, "split_height": 64,
+               "split_width": 64, "sequence_window": 512, "scan_size": 64, "state": 1024, "d_state": 1024,
+               "heads": 1024, "num_heads": 1024, "in_channels": 64, "out_channels": 64, "upscale": 16,
+               "upscaling_factor": 16, "patch_size": 16, "n_blocks": MAX_DEPTH, "num_refinement_blocks": MAX_DEPTH,
+               "num_blocks": MAX_DEPTH, "depth": MAX_DEPTH, "depths": MAX_DEPTH, "depths2": MAX_DEPTH}
 _LARGEST = 4096
 _LARGEST_RATIO = 16.0
 _LONGEST_LIST = 32

@@ -1,4 +1,4 @@
-"""DAT (Dual Aggregation Transformer, arXiv 2308.03364): sizes and key names of the released super-resolution networks."""
+"""DAT (Dual Aggregation Transformer, arXiv 2308.03364): sizes and key names of the released networks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def _check(depth: Sequence[int], num_heads: Sequence[int], split_size: Sequence[
         raise ValueError(f"depth and num_heads have one entry a group, got {depth} and {num_heads}")
     if len(split_size) != 2:
         raise ValueError(f"split_size is height and width of a window, got {split_size}")
-    for name, given, allowed in (("resi_connection", resi_connection, CONNECTIONS), ("upsampler", upsampler, UPSAMPLERS)):
+    for name, given, allowed in (("resi_connection", resi_connection, CONNECTIONS),
+                                 ("upsampler", upsampler, UPSAMPLERS)):
         if given not in allowed:
             raise ValueError(f"{name} is {given!r}; allowed: {', '.join(allowed)}")
 
