@@ -14,7 +14,7 @@ from ens.run_folder import RunFolder
 SPACES = Path(__file__).resolve().parents[1] / "search_spaces"
 SIZES = {"restormer_denoise": (8, 34_560, 22), "restormer_derain": (8, 34_560, 22), "restormer_deblur": (8, 34_560, 22),
          "plksr_sr_x4": (28, 5**28, 112), "dvmsr_sr_x4": (4, 4_096, 28), "mambacsr_csr_x4": (7, 7**7, 42),
-         "uformer_denoise": (9, 7**9, 54)}
+         "uformer_denoise": (9, 7**9, 54), "dat_sr_x4": (18, 6**18, 90)}
 
 
 def test_every_study_is_listed_here() -> None:
