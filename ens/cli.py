@@ -145,13 +145,13 @@ def distill(study: given.Study, out: given.Out, teacher: given.Teacher = None, r
 
 
 @app.command()
-def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, require: given.Require = None,
-           storage: given.Storage = "", changes: given.Set = None) -> None:
+def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, bounds: given.Bounds = None,
+           require: given.Require = None, storage: given.Storage = "", changes: given.Set = None) -> None:
     """Measure genotypes until the budget of unique evaluations is spent."""
     from ens import pipeline
 
     with reporting() as control:
-        asked = [*(changes or ()), *given.require_changes(require)]
+        asked = [*(changes or ()), *given.bound_changes(bounds), *given.require_changes(require)]
         measured = pipeline.search(_start(study, out, asked, teacher=teacher, storage=storage), control)
     say(f"{len(measured)} genotypes are measured. Next: {shlex.join(['ens', 'pareto', str(out)])}")
 
@@ -185,12 +185,13 @@ def pareto(run: given.Run, objectives: Annotated[str, typer.Option(help=(
 @app.command()
 def finetune(run: given.Run, pick: given.Pick = "knee", candidates: given.Candidates = None,
              teacher: given.TaughtBy = None,
-             teacher_weight: given.TaughtWeight = None, storage: given.Storage = "", restart: given.Restart = False,
-             changes: given.Set = None) -> None:
+             teacher_weight: given.TaughtWeight = None, bounds: given.Bounds = None, storage: given.Storage = "",
+             restart: given.Restart = False, changes: given.Set = None) -> None:
     """Train hybrids of the front end to end, with their teacher's output as extra supervision."""
     from ens import pipeline
 
-    recipe = [*(changes or ()), *_candidates(candidates), *_taught("finetune", teacher, teacher_weight)]
+    recipe = [*(changes or ()), *_candidates(candidates), *_taught("finetune", teacher, teacher_weight),
+              *given.bound_changes(bounds)]
     with reporting() as control:
         folder = _open(run, recipe, storage=storage, restart=restart)
         best = pipeline.finetune(folder, pick, control)
@@ -201,15 +202,15 @@ def finetune(run: given.Run, pick: given.Pick = "knee", candidates: given.Candid
 @app.command()
 def export(run: given.Run, pick: given.Pick = "knee", formats: given.Formats = "onnx", size: given.Size = "",
            int8: given.Int8 = False, bundle: given.Bundle = False, plain: given.Plain = False,
-           storage: given.Storage = "") -> None:
+           bounds: given.Bounds = None, storage: given.Storage = "") -> None:
     """Write one hybrid in one or several formats, each with a card; every file is checked in its own runtime first."""
     from ens import pipeline
 
     names, sides = given.parse_names(formats), given.parse_size(size)
     beside = [name for name, wanted in {"int8": int8, "bundle": bundle, "plain": plain}.items() if wanted]
     with reporting() as control:
-        paths = pipeline.export(_open(run, storage=storage), pick, control, formats=names, size=sides,
-                                companions=beside)
+        folder = _open(run, given.bound_changes(bounds), storage=storage)
+        paths = pipeline.export(folder, pick, control, formats=names, size=sides, companions=beside)
     say("\n".join(f"Exported: {path}" for path in paths))
 
 

@@ -123,7 +123,7 @@ class SearchConfig(_Section):
     require: Literal["", "edge"] = Field("", description=(
         "edge: only blocks that edge runtimes run in one piece, the teacher's own included."))
     max: dict[str, Number] = Field({}, max_length=16, description=(
-        "Bounds of objectives, {latency_ms: 300}: what exceeds one is on no front."))
+        "Bounds of objectives, {latency_ms: 300}: what exceeds one is not measured and on no front."))
 
 
 class LatencyConfig(_Section):

@@ -33,6 +33,12 @@ def _format_si(value: float) -> str:
     return f"{value:g}"
 
 
+def _format_bytes(value: float) -> str:
+    """`24.6 MB`."""
+    text = _format_si(value)
+    return f"{text}B" if " " in text else f"{text} B"
+
+
 @dataclass(frozen=True)
 class Objective:
     """A quantity to minimise, under the key `name` of Measurement.values.
@@ -51,6 +57,8 @@ class Objective:
     si: bool = False
 
 
+QUALITY = "psnr_drop_db"
+"""What is measured on images; every other objective is known without."""
 LATENCY = "latency_ms"
 """Milliseconds by a latency table; `latency_ms@NAME` by the one of that name."""
 OBJECTIVES: dict[str, Objective] = {
@@ -58,6 +66,7 @@ OBJECTIVES: dict[str, Objective] = {
     "penalty": Objective("penalty", "transformer usage penalty", 1.1, True, _format_plain),
     "macs": Objective("macs", "multiply-adds at 256×256", 1.1, True, _format_si, si=True),
     "params": Objective("params", "parameters", 1.1, True, _format_si, si=True),
+    "peak_bytes": Objective("peak_bytes", "peak activation memory (bytes)", 1.1, True, _format_bytes, si=True),
     LATENCY: Objective(LATENCY, "latency (ms)", 1.1, True, _format_plain),
 }
 

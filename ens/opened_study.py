@@ -20,13 +20,13 @@ from ens.distill.recipe import Phase, Recipe
 from ens.evaluate.cost import CostTable, build_cost_table
 from ens.evaluate.evaluator import Judge
 from ens.evaluate.latency import LatencyTable, check_name, read_table, table_path, write_table
-from ens.evaluate.meters import Meter, build_meters
+from ens.evaluate.meters import METERS, PEAK, Meter, build_latency, build_peak
 from ens.evaluate.protocols import Protocol, task_protocols
 from ens.export.hybrid import build_hybrid, open_network
 from ens.networks import create_network
 from ens.networks.slots import build_space
 from ens.networks.steps import Network, SlotSpec, create_filling
-from ens.objectives import LATENCY, find_objective, find_objectives
+from ens.objectives import LATENCY, QUALITY, find_objective, find_objectives
 from ens.runtime.process import QUIET, Control
 from ens.runtime.profiling import profile_space, remove_bundle
 from ens.space import Choice, Genotype, SearchSpace
@@ -48,6 +48,7 @@ class OpenedStudy:
         self.distill_state = self.library_path / "training.pt"
         self._verdicts: dict[str, dict[str, EdgeVerdict]] = {}
         self._surrogates: dict[tuple[str, Choice], nn.Module] = {}
+        self._meters: dict[str, Meter] = {}
         if study.threads:
             torch.set_num_threads(study.threads)
 
@@ -59,15 +60,13 @@ class OpenedStudy:
         for name in ("device", "task", "validation", "report_set"):
             getattr(self, name)  # opening is the check; what is opened is kept
         find_objectives(study.search.objectives)
-        for name in study.search.objectives:
+        for name in self._names():
             if find_objective(name).name.startswith(f"{LATENCY}@"):
                 self.read_table(name)  # another device's: it is there, or nobody can make it here
-        for name in study.search.max:
-            find_objective(name)
         if self.skeleton.upscale != self.task.scale:
             raise ConfigError(f"{study.name}: the network enlarges {self.skeleton.upscale} times, the task "
                               f"{self.task.scale} times")
-        create_engine(study.search.engine, self.space, seed=study.seed)
+        create_engine(study.search.engine, self.bounded, seed=study.seed)
         with torch.device("meta"):
             for spec, choice in self.jobs:
                 create_filling(spec, choice)
@@ -236,12 +235,39 @@ class OpenedStudy:
 
     @cached_property
     def meters(self) -> dict[str, Meter]:
-        return build_meters(self.skeleton, self.space, {name: self.read_table(name) for name in self.timed})
+        """What every measurement of the search holds."""
+        return {name: self.meter(name) for name in dict.fromkeys([*METERS, *self._names(bounds=False)])}
+
+    def meter(self, name: str) -> Meter:
+        """What gives the value of a cost that is known without measuring; raises LatencyError without a table."""
+        if name not in self._meters:
+            if name == PEAK:
+                self._meters[name] = build_peak(self.skeleton, self.space, self.study.latency.size)
+            elif name in METERS:
+                self._meters[name] = METERS[name](self.skeleton, self.space)
+            else:
+                self._meters[name] = build_latency(self.read_table(name), self.space)
+        return self._meters[name]
+
+    def _names(self, *, bounds: bool = True) -> list[str]:
+        """The objectives of the search, and what it is bound by, that are known without measuring."""
+        names = dict.fromkeys([*self.study.search.objectives, *(self.study.search.max if bounds else ())])
+        return [name for name in names if name != QUALITY]
 
     @property
-    def timed(self) -> list[str]:
-        """The objectives of the search that come from a latency table."""
-        return [name for name in self.study.search.objectives if name.partition("@")[0] == LATENCY]
+    def bounded(self) -> SearchSpace:
+        """The space within the study's bounds, as far as they can be known by now; ConfigError where that is empty."""
+        names = [name for name in self.study.search.max if name != QUALITY and not (
+            name == LATENCY and not table_path(self.path, name).exists())]
+        if not names:
+            return self.space
+        from ens.search.bounds import Bound, narrow_space  # brings pymoo, half a second
+
+        try:
+            return narrow_space(self.space, [Bound(name, self.study.search.max[name], self.meter(name).measure,
+                                                   self.meter(name).tally) for name in names])
+        except ValueError as error:
+            raise ConfigError(f"{self.study.name}: {error}") from None
 
     def read_table(self, objective: str) -> LatencyTable:
         """The latency table of `latency_ms` or `latency_ms@NAME`; raises LatencyError where there is none for these
@@ -254,8 +280,8 @@ class OpenedStudy:
 
     @property
     def is_untimed(self) -> bool:
-        """Whether the search wants this machine's latency table and there is none yet."""
-        return LATENCY in self.timed and not table_path(self.path, LATENCY).exists()
+        """Whether the search, or a bound of it, wants this machine's latency table and there is none yet."""
+        return LATENCY in self._names() and not table_path(self.path, LATENCY).exists()
 
     def table_path(self, objective: str, index: int, size: tuple[int, int]) -> Path:
         """Where the table of an objective is; every size but the first has the size in its name."""

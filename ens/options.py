@@ -16,7 +16,8 @@ Pick = Annotated[str, typer.Option(help=(
     "knee, near 1 to near 5, 'within 0.1' (dB, least of the first cost), fastest-within=0.1 (dB), "
     "best-under=latency_ms:120, or a genotype like 0-2-1."))]
 Bounds = Annotated[list[str] | None, typer.Option("--max", metavar="OBJECTIVE=VALUE", help=(
-    "Leave out what exceeds this, for instance latency_ms=300 or macs=2G. May be given several times."))]
+    "Measure and show nothing that exceeds this, for instance latency_ms=300 or peak_bytes=200M. May be given several "
+    "times."))]
 Require = Annotated[Literal["edge"] | None, typer.Option("--require", help=(
     "edge: leave out every choice that is no single piece in ExecuTorch (XNNPACK) or a loop in ONNX."))]
 Task = Annotated[str, typer.Option(help="Task with its numbers: denoise_s25, derain, deblur, sr_x4, jpeg_q10.")]

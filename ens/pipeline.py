@@ -100,7 +100,7 @@ def _measure(run: RunFolder, control: Control) -> None:
         for line in filter(None, (run.validation.origin, run.baseline.left_out, done and f"goes on after {len(done)}")):
             control.say(f"search: {line}")
         run_search(
-            engine=create_engine(settings.engine, run.space, seed=run.study.seed), objectives=settings.objectives,
+            engine=create_engine(settings.engine, run.bounded, seed=run.study.seed), objectives=settings.objectives,
             known=done, evaluate=run.evaluator.evaluate, record=archive.record, budget=run.budget,
             batch_size=settings.batch_size, progress=lambda done, total: control.step("search", done, total))
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +22,12 @@ from ens.atomic import sweep, write_atomic
 from ens.config import ConfigError, StudyConfig, check_same_run, dump_study, load_study
 from ens.distill.blockwise import create_surrogate
 from ens.evaluate.evaluator import Evaluator, list_input_psnr_db, list_psnr_db
+from ens.evaluate.meters import PEAK
 from ens.export.hybrid import HybridFiles, load_hybrid, read_facts
 from ens.networks.checkpoints import remove_state
 from ens.networks.steps import Network
 from ens.networks.weight_files import CheckpointError
-from ens.objectives import LATENCY, find_objective, label_value, mean_psnr_db
+from ens.objectives import LATENCY, QUALITY, find_objective, label_value, mean_psnr_db
 from ens.opened_study import OpenedStudy
 from ens.pareto.archive import Archive, mark_invalid, open_archive, read_archive, record_tuned
 from ens.pareto.baseline import Baseline
@@ -172,8 +172,10 @@ class RunFolder(OpenedStudy):
 
     @property
     def budget(self) -> int:
-        """Genotypes to measure: the study's budget, or all there are."""
-        return min(self.study.search.budget, self.space.num_genotypes)
+        """Genotypes to measure: the study's budget, or all there are; those recorded before a bound was set count."""
+        bounded = self.bounded
+        outside = sum(not bounded.allows(genotype) for genotype in self.archive.known()) if self.has_archive else 0
+        return min(self.study.search.budget, bounded.num_genotypes + outside)
 
     @property
     def is_searched(self) -> bool:
@@ -184,22 +186,22 @@ class RunFolder(OpenedStudy):
         return len(self.archive.known()) >= self.budget
 
     def front(self, objectives: tuple[str, ...] = ()) -> Front:
-        """The front of any two or three objectives, the search's by default: measured ones, or those of a latency table
-        that was made later. What exceeds a bound of the study (`search.max`) is left out.
+        """The front of any two or three objectives, the search's by default: measured ones, or costs that are known
+        without. What exceeds a bound of the study (`search.max`) is left out.
         """
         archive, names = self.archive, objectives or self.archive.objectives
         meters = {name: str(text) for name, text in archive.manifest.get("meters", {}).items()}
         measured, baseline, bounds = archive.measurements(), archive.baseline, self.study.search.max
-        for name in {*names, *bounds}:
-            if find_objective(name).name.partition("@")[0] == LATENCY and name not in meters:
-                table = self.read_table(name)
-                predict, meters[name] = functools.partial(table.predict_ms, archive.space), table.identity
-                measured = [replace(one, values={**one.values, name: predict(one.genotype)}) for one in measured]
+        for name in {*names, *bounds} - {QUALITY}:
+            if find_objective(name) and any(one.valid and name not in one.values for one in measured):
+                meter = self.meter(name)
+                meters[name] = meter.identity
+                measured = [replace(one, values={**one.values, name: meter.measure(one.genotype)}) for one in measured]
                 baseline = baseline and replace(baseline, values={**baseline.values,
-                                                                  name: predict(archive.space.teacher)})
+                                                                  name: meter.measure(archive.space.teacher)})
         front = select_front(keep_within(measured, bounds), names, baseline=baseline)
         return replace(front, remarks=tuple(f"{label_value(name)}: {meters[name]}." for name in names
-                                            if name.partition("@")[0] == LATENCY))
+                                            if name == PEAK or name.partition("@")[0] == LATENCY))
 
     def shown_networks(self, front: Front) -> dict[str, Network]:
         """The teacher, the knee and its two nearest, by their roles."""

@@ -154,6 +154,14 @@ class SearchSpace:
     def sample(self, rng: np.random.Generator) -> Genotype:
         return tuple(int(rng.integers(int(slot.closed), len(slot.choices))) for slot in self.slots)
 
+    def allows(self, genotype: Genotype) -> bool:
+        """Whether a search may measure this genotype; `search.bounds` narrows that."""
+        return True
+
+    def repair(self, genotype: Genotype, rng: np.random.Generator) -> Genotype:
+        """A genotype that is allowed, like the given one in as many slots as possible."""
+        return genotype
+
     def enumerate(self) -> Iterator[Genotype]:
         """Every genotype once, in lexicographic order: neighbours share the longest prefixes."""
         return itertools.product(*(range(slot.closed, len(slot.choices)) for slot in self.slots))
@@ -172,6 +180,24 @@ class SearchSpace:
         slots = (Slot(slot.name, (replace(slot.choices[1], teacher=True), *slot.choices[2:])) if slot.closed else slot
                  for slot in self.slots)
         return replace(self, slots=tuple(slots))
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A cost of every genotype from one number a choice: their sum with `rest`, or the largest of all."""
+
+    rest: float
+    entries: tuple[tuple[float, ...], ...]
+    is_maximum: bool = False
+
+    def join(self, *values: float) -> float:
+        """The sum of values, or the largest."""
+        return max(values, default=0.0) if self.is_maximum else math.fsum(values)
+
+    @property
+    def least(self) -> float:
+        """The smallest cost of any genotype."""
+        return self.join(self.rest, *map(min, self.entries))
 
 
 def format_genotype(genotype: Genotype) -> str:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ens.networks.steps import Network, SlotSpec, create_filling
-from ens.space import Choice, SearchSpace
+from ens.space import Choice, SearchSpace, Tally
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ class _LiveBytes(TorchDispatchMode):
 
 def count_cost(module: nn.Module, shape: tuple[int, ...]) -> Cost:
     """Cost of one pass over an input of this shape (B, C, H, W), without gradients; no weight is read or copied."""
-    shadow = _copy_shapes(module).eval()
+    shadow = copy_shapes(module).eval()
     counter, bytes_ = FlopCounterMode(display=False), _LiveBytes()
     with torch.no_grad(), counter, bytes_:
-        shadow(_image_for(shadow, shape))
+        shadow(image_for(shadow, shape))
     return Cost(_count_params(module), counter.get_total_flops() // 2, bytes_.peak)
 
 
-def _copy_shapes(module: nn.Module) -> Any:
+def copy_shapes(module: nn.Module) -> Any:
     """The module with its parameters and buffers on the meta device; the module itself stays as it is."""
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
@@ -78,7 +78,7 @@ def _copy_shapes(module: nn.Module) -> Any:
     return copy.deepcopy(module, memo)  # what is in the memo counts as copied already
 
 
-def _image_for(shadow: nn.Module, shape: tuple[int, ...]) -> Tensor:
+def image_for(shadow: nn.Module, shape: tuple[int, ...]) -> Tensor:
     """An input of the precision the module computes in."""
     dtypes = (p.dtype for p in shadow.parameters() if p.is_floating_point())
     return torch.empty(shape, device="meta", dtype=next(dtypes, torch.float32))
@@ -100,6 +100,12 @@ class CostTable:
         chosen = [self._entries[slot][index] for slot, index in enumerate(genotype)]
         return {"params": float(self._rest[0] + sum(params for params, _ in chosen)),
                 "macs": float((self._rest[1] + sum(operations for _, operations in chosen)) // 2)}
+
+    def tally(self, name: str) -> Tally:
+        """`params` or `macs` as numbers a choice; halves of multiply-adds are dropped in the end only."""
+        index, divisor = (0, 1) if name == "params" else (1, 2)
+        entries = tuple(tuple(entry[index] / divisor for entry in row) for row in self._entries)
+        return Tally(self._rest[index] / divisor, entries)
 
     def range(self, name: str) -> tuple[float, float]:
         """Smallest and largest `params` or `macs` of any genotype."""
@@ -139,14 +145,14 @@ def _count_params(module: nn.Module) -> int:
 
 def _count_operations(shadow: nn.Module, shape: tuple[int, ...]) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow(_image_for(shadow, shape))
+        shadow(image_for(shadow, shape))
     return counter.get_total_flops()
 
 
 def _count_slots(network: Network, specs: Sequence[SlotSpec],
                  shape: tuple[int, ...]) -> tuple[int, dict[str, tuple[tuple[int, ...], int]]]:
     """Operations of one pass, and by slot the shape of its input and its own operations."""
-    shadow, counter = _copy_shapes(network).eval(), FlopCounterMode(display=False)
+    shadow, counter = copy_shapes(network).eval(), FlopCounterMode(display=False)
     found: dict[str, tuple[tuple[int, ...], int]] = {}
     for spec in specs:
         def enter(module: nn.Module, inputs: tuple[Tensor, ...], name: str = spec.name) -> None:
@@ -159,5 +165,5 @@ def _count_slots(network: Network, specs: Sequence[SlotSpec],
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
     with torch.no_grad(), counter:
-        shadow(_image_for(shadow, shape))
+        shadow(image_for(shadow, shape))
     return counter.get_total_flops(), found

@@ -12,18 +12,23 @@ from dataclasses import dataclass
 
 from ens.evaluate.cost import CostTable, build_cost_table
 from ens.evaluate.latency import LatencyTable
+from ens.evaluate.memory import build_peak_tally
 from ens.networks.steps import Network
-from ens.space import Genotype, SearchSpace
+from ens.space import Genotype, SearchSpace, Tally
 
 SIDE_PX = 256
+PEAK = "peak_bytes"
 
 
 @dataclass(frozen=True)
 class Meter:
-    """`measure` gives the value of a genotype; it may be a sum over slots, a maximum, or anything else."""
+    """`measure` gives the value of a genotype; `tally` the numbers a choice that it is made of, so that a search knows
+    what it can reach.
+    """
 
     identity: str
     measure: Callable[[Genotype], float]
+    tally: Tally
 
 
 @functools.lru_cache(maxsize=1)
@@ -33,18 +38,21 @@ def _count_table(network: Network, space: SearchSpace) -> CostTable:
 
 def _build_macs(network: Network, space: SearchSpace) -> Meter:
     identity = f"multiply-adds, scans included, at {SIDE_PX}×{SIDE_PX} padded to a multiple of {network.size_multiple}"
-    return Meter(identity, lambda genotype: _count_table(network, space).costs(genotype)["macs"])
+    table = _count_table(network, space)
+    return Meter(identity, lambda genotype: table.costs(genotype)["macs"], table.tally("macs"))
 
 
 def _build_params(network: Network, space: SearchSpace) -> Meter:
-    return Meter("parameters of the whole network",
-                 lambda genotype: _count_table(network, space).costs(genotype)["params"])
+    table = _count_table(network, space)
+    return Meter("parameters of the whole network", lambda genotype: table.costs(genotype)["params"],
+                 table.tally("params"))
 
 
 def _build_penalty(network: Network, space: SearchSpace) -> Meter:
     identity = (f"{space.penalty_teacher:g} a stage of {', '.join(space.transformers) or 'the teacher'} by its share, "
                 f"{space.penalty_per_block:g} another block, identity 0")
-    return Meter(identity, space.penalty)
+    entries = tuple(tuple(space.price(slot, index) for index in range(len(slot.choices))) for slot in space.slots)
+    return Meter(identity, space.penalty, Tally(0.0, entries))
 
 
 METERS: Mapping[str, Callable[[Network, SearchSpace], Meter]] = {
@@ -52,15 +60,20 @@ METERS: Mapping[str, Callable[[Network, SearchSpace], Meter]] = {
     "macs": _build_macs,
     "params": _build_params,
 }
+"""What every measurement holds: it takes no time. The others are built for those who ask for them."""
 
 
-def build_meters(network: Network, space: SearchSpace, tables: Mapping[str, LatencyTable] | None = None,
-                 ) -> dict[str, Meter]:
-    """Every meter there is for this network (its weights are not looked at) and space, and one for each latency table,
-    by the name of its objective; raises LatencyError where a table lacks a choice.
-    """
-    for table in (tables or {}).values():
-        table.check_space(space)
-    return {**{name: build(network, space) for name, build in METERS.items()},
-            **{name: Meter(table.identity, functools.partial(table.predict_ms, space))
-               for name, table in (tables or {}).items()}}
+def build_latency(table: LatencyTable, space: SearchSpace) -> Meter:
+    """Milliseconds by a latency table; raises LatencyError where it lacks a choice."""
+    table.check_space(space)
+    entries = tuple(tuple(table.slots[slot.name][choice.label].ms for choice in slot.choices) for slot in space.slots)
+    return Meter(table.identity, functools.partial(table.predict_ms, space), Tally(table.rest.ms, entries))
+
+
+def build_peak(network: Network, space: SearchSpace, size: tuple[int, int]) -> Meter:
+    """Peak activation memory in bytes for an image of this height and width (`evaluate.memory`)."""
+    tally = build_peak_tally(network, space, height=size[0], width=size[1])
+    identity = (f"most bytes of float32 maps alive together in the exported graph at {size[0]}×{size[1]} padded to a "
+                f"multiple of {network.size_multiple}")
+    return Meter(identity, lambda genotype: tally.join(tally.rest, *(
+        row[index] for row, index in zip(tally.entries, genotype, strict=True))), tally)

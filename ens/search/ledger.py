@@ -9,6 +9,9 @@ import numpy as np
 
 from ens.space import Genotype, SearchSpace
 
+_MOST_NEAR = 4096
+"""Genotypes looked at in the neighbourhood of one that is wanted."""
+
 
 class Ledger:
     """Genotypes told so far with their values (a NaN row: measured, invalid), and which are still unseen.
@@ -46,10 +49,13 @@ class Ledger:
         return np.random.default_rng((self.seed, len(self)))
 
     def unseen(self, candidates: Iterable[Genotype], *, beside: Sequence[Genotype] = ()) -> Iterator[Genotype]:
-        """The candidates that were neither told nor are in `beside`, each once."""
+        """The candidates that the space allows and that were neither told nor are in `beside`, each once.
+
+        Every engine asks for what comes out here, so none has to know of bounds.
+        """
         skip = set(beside)
         for candidate in candidates:
-            if candidate not in skip and candidate not in self._seen:
+            if candidate not in skip and candidate not in self._seen and self.space.allows(candidate):
                 skip.add(candidate)
                 yield candidate
 
@@ -58,8 +64,10 @@ class Ledger:
         """An unseen genotype that differs from `genotype` in as few slots as possible; None when all are seen.
 
         Samplers repeat themselves on small tables; a repeat is replaced by this, so that a search always advances.
+        Where bounds leave little, what is near may all be seen or forbidden: then it is any.
         """
-        return next(self.unseen(_by_distance(genotype, self.space.sizes, rng), beside=beside), None)
+        near = itertools.islice(_by_distance(self.space.repair(genotype, rng), self.space.sizes, rng), _MOST_NEAR)
+        return next(self.unseen(itertools.chain(near, self.space.enumerate()), beside=beside), None)
 
     def uniform(self, n: int, *, beside: Sequence[Genotype], rng: np.random.Generator) -> list[Genotype]:
         """Up to `n` unseen genotypes drawn uniformly; fewer only when the space holds no more."""
