@@ -116,12 +116,12 @@ class _Liveness(TorchDispatchMode):
                 if any(part[0] <= start < part[1] for part in parts)]
 
 
-def _sum_alive(parts: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
-    """Bytes alive at each time from `start` to `stop`, both included."""
+def _sum_alive(parts: NDArray[np.int64], stop: int) -> NDArray[np.int64]:
+    """Bytes alive at each time up to `stop`, which is included."""
     change = np.zeros(stop + 2, np.int64)
     np.add.at(change, parts[:, 1], parts[:, 0])
     np.add.at(change, np.minimum(parts[:, 2] + 1, stop + 1), -parts[:, 0])
-    return change.cumsum()[start:stop + 1]
+    return change.cumsum()[:stop + 1]
 
 
 def build_peak_tally(network: Network, space: SearchSpace, *, height: int, width: int) -> Tally:
@@ -132,7 +132,7 @@ def build_peak_tally(network: Network, space: SearchSpace, *, height: int, width
     specs = [network.slot(slot.name) for slot in space.slots]
     parts, visits = _trace_network(network, specs, (1, network.in_channels, height, width))
     last = int(parts[:, 2].max())
-    alive, between = _sum_alive(parts, 0, last), np.ones(last + 1, bool)
+    alive, between = _sum_alive(parts, last), np.ones(last + 1, bool)
     known: dict[tuple[SlotSpec, Choice, tuple[int, ...], bool], int] = {}
     entries = []
     for slot, spec in zip(space.slots, specs, strict=True):
@@ -162,7 +162,7 @@ def _trace_choice(spec: SlotSpec, choice: Choice, shape: tuple[int, ...], *, kep
     parts = live.list_parts()
     if kept:
         parts = parts[parts[:, 3] != given.untyped_storage()._cdata]
-    return int(_sum_alive(parts, 0, live.time).max())
+    return int(_sum_alive(parts, live.time).max())
 
 
 Visit = tuple[int, int, tuple[int, ...], int]
