@@ -15,7 +15,7 @@ from ens.data.pairs import ValidationImage, ValidationSet
 from ens.evaluate.cost import _LiveBytes as LiveBytes
 from ens.evaluate.cost import build_cost_table, count_cost
 from ens.evaluate.evaluator import CACHE_BYTES, Evaluator, evaluate_protocols
-from ens.evaluate.meters import build_meters
+from ens.evaluate.meters import METERS
 from ens.evaluate.metrics import score
 from ens.evaluate.protocols import find_protocol
 from ens.networks import create_network
@@ -80,7 +80,8 @@ def test_prefix_cache_changes_no_measurement(names: list[str]) -> None:
 
 def evaluator_of(net: Network, space: SearchSpace, fillings: list[list[nn.Module | str | None]],
                  photos: ValidationSet, cache_bytes: int = CACHE_BYTES) -> Evaluator:
-    return Evaluator(net, space, fillings, images=photos, protocol=PROTOCOL, meters=build_meters(net, space),
+    return Evaluator(net, space, fillings, images=photos, protocol=PROTOCOL,
+                     meters={name: build(net, space) for name, build in METERS.items()},
                      teacher_psnr_db=[30.0] * len(photos.images), cache_bytes=cache_bytes)
 
 

@@ -23,7 +23,7 @@ from ens.evaluate.latency import (
     read_table,
     write_table,
 )
-from ens.evaluate.meters import build_meters
+from ens.evaluate.meters import build_latency
 from ens.networks import create_network
 from ens.networks.slots import build_space
 from ens.objectives import find_objectives, read_quantity
@@ -51,7 +51,7 @@ def test_a_prediction_is_the_rest_and_one_entry_a_slot() -> None:
     with torch.device("meta"):
         network = create_network("restormer", **OPTIONS)
     with pytest.raises(LatencyError, match="no restormer×1 in slot encoder_level1"):
-        build_meters(network, build_space("s", network, choices=[Choice("conv", 1)]), {"latency_ms": TABLE})
+        build_latency(TABLE, build_space("s", network, choices=[Choice("conv", 1)]))
 
 
 def test_a_table_beyond_a_tenth_is_rough_and_says_so() -> None:
