@@ -29,6 +29,9 @@ OWN = {"network": {"name": "restormer", "dim": 8, "num_blocks": [1, 1, 1, 1], "n
     ({"search": {"engine": "nsga3"}}, "engine 'nsga3' does not exist; choose from ehvi"),
     ({"search": {"objectives": ["psnr", "macs"]}}, "objective 'psnr' does not exist; choose from psnr_drop_db"),
     ({"search": {"objectives": ["macs"]}}, "two or three different objectives, got macs"),
+    ({"search": {"max": {"macs": 1.0}}}, r"no genotype has macs of at most 1; the least there is, is [\d.]+ G"),
+    ({"search": {"max": {"peak_bytes": 1e6}}}, r"peak_bytes of at most 1.00 MB; the least there is, is [\d.]+ MB"),
+    ({"search": {"max": {"flops": 1.0}}}, "objective 'flops' does not exist"),
     ({"task": {"name": "denoize"}}, "no task 'denoize'; there are denoise"),
     ({"task": {"sigma": 25}}, "the nearest is 'sigma_255'"),
     ({"choices": ["mambaire×1"]}, "no block family 'mambaire'; allowed: restormer"),
@@ -139,6 +142,19 @@ def test_what_was_measured_with_another_task_is_never_mixed(tmp_path: Path) -> N
     other = load_study(demo, {**small, "task": {"name": "denoise", "sigma_255": 50}})
     with pytest.raises(ArchiveMismatch, match=r"task was .*25.* is now .*50"):
         pipeline.search(RunFolder.start(other, tmp_path / "b", storage=storage))
+
+
+def test_a_search_keeps_its_bounds_and_fronts_take_costs_that_were_not_recorded(tmp_path: Path) -> None:
+    search = {"budget": 4, "engine": "random", "objectives": ["psnr_drop_db", "penalty"], "max": {"penalty": 6.0}}
+    study = load_study(ROOT / "search_spaces" / "demo.yaml", {"search": search,
+                                                              "data": {"limit": 1, "crops_per_image": 1}})
+    run = RunFolder.start(study, tmp_path / "run")
+    measured = pipeline.search(run)
+    assert len(measured) == 4 and all(one.values["penalty"] <= 6.0 for one in measured)
+    front = run.front(("psnr_drop_db", "peak_bytes"))
+    assert all(member.values["peak_bytes"] == run.meter("peak_bytes").measure(member.genotype)
+               for member in front.members)
+    assert "at 256×256" in front.remarks[0]
 
 
 def test_renamed_files_keep_their_place_among_the_images_of_a_run(tmp_path: Path) -> None:
