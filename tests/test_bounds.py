@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +69,15 @@ def test_a_needle_in_a_large_space_is_found_in_no_time(engine: str) -> None:
         assert narrow.allows(genotype)
         asked.add(genotype)
     assert len(asked) == 20 and time.monotonic() - began < 20
+
+
+def test_bounds_hold_in_slots_that_are_closed_to_the_teacher() -> None:
+    slots = (replace(SMALL.slots[0], closed=True), *SMALL.slots[1:])
+    subject, asked = create_engine("random", narrow_space(replace(SMALL, slots=slots), BOUNDS), seed=3), []
+    while batch := subject.ask(3):
+        asked += batch
+        subject.tell(batch, np.array([[1.0, -sum(genotype)] for genotype in batch]))
+    assert sorted(asked) == [genotype for genotype in ALLOWED if genotype[0]]
 
 
 def test_what_no_genotype_can_meet_is_refused_with_the_least_there_is() -> None:
