@@ -69,7 +69,7 @@ def test_state_space_blocks_see_the_whole_row(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "options"), [
-    ("rep", {}), ("rep", {"width": 2.0, "activation": "relu"}), ("rep", {"width": 0.5}), ("half", {})])
+    ("rep", {}), ("rep", {"width": 2.0, "activation": "silu"}), ("rep", {"width": 0.5}), ("half", {})])
 def test_folded_blocks_give_the_same_without_branches(family: str, options: dict[str, Any]) -> None:
     stack, x = create_stack(family, 12, 2, options=options).double(), image(7, 9, channels=12).double()
     for parameter in stack.parameters():  # branches that start at zero or one have a say
