@@ -230,7 +230,7 @@ def broken_manifests(sound: str) -> Iterator[tuple[str, str]]:
     def change(tree: dict[str, Any], place: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         for key in list(tree):
             before = tree.pop(key)
-            if key != "failed" and place[-1:] not in (("recipe",), ("options",), ("surrogates",)):
+            if key not in ("failed", "edge") and place[-1:] not in (("recipe",), ("options",), ("surrogates",)):
                 yield f"without {(*place, key)}", json.dumps(manifest)
                 for value in (None, [], {}, "x", -3, True, float("nan")):
                     if type(value) is not type(before) and key not in ("task", "surrogates"):

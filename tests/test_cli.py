@@ -136,7 +136,7 @@ def test_changes_reach_the_study(run_cli: Callable[..., int], monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (("search", "nowhere.yaml", "--out", "x"), "one of demo"),
+    (("search", "nowhere.yaml", "--out", "x"), "one of dat_sr_x4, demo, "),
     (("search", "other/demo.yaml", "--out", "x"), "there is no study other/demo.yaml"),
     (("search", "demo", "--out", "x", "--set", "search.budgt=7"), "the nearest is search.budget"),
     (("search", "demo", "--out", "x", "--set", "budget"), "KEY=VALUE"),
