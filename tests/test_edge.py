@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from ens.run_folder import RunFolder
 from ens.search import ENGINES, create_engine
 from ens.space import Choice, SearchSpace, Slot, parse_choice, parse_genotype
 
-OUTSIDE = ("mambair", "vimm", "rlmb", "serpent", "uformer")
-"""Families that are not one piece on edge runtimes: selective scans are loops, uformer's norms stay outside."""
+OUTSIDE = ("mambair", "vimm", "rlmb", "serpent", "uformer", "dat")
+"""Families that are not one piece on edge runtimes: selective scans are loops, norms over tokens stay outside."""
+FAILING = {("dat", "pte")}
+"""Families with a format whose runtime refuses their file, which the lint says too."""
 
 
 def spec_of(family: str = "restormer") -> SlotSpec:
@@ -97,16 +100,17 @@ def test_the_lint_names_every_family_that_is_outside(family: str) -> None:
     verdicts = lint_kind(spec_of(), Choice(family, 1))
     assert set(verdicts) == {"executorch", "onnx"}
     assert bool(verdicts["executorch"].reason) == (family in OUTSIDE)
-    assert bool(verdicts["onnx"].reason) == (family in set(OUTSIDE) - {"uformer"})
+    assert bool(verdicts["onnx"].reason) == (family in set(OUTSIDE) - {"uformer", "dat"})
+    assert verdicts["executorch"].reason.startswith("does not export or run") == ((family, "pte") in FAILING)
     for verdict in verdicts.values():
-        assert verdict.version and 0 <= verdict.relative_error <= TOLERANCE
+        ran = not verdict.reason.startswith("does not")
+        assert verdict.version and (0 <= verdict.relative_error <= TOLERANCE if ran else verdict.relative_error == -1)
     if family not in OUTSIDE:
         assert verdicts["executorch"].delegates == (family != "identity") and not verdicts["executorch"].outside
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXPORTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "name"), sorted({*itertools.product(FAMILIES, EXPORTS)} - FAILING))
 def test_every_family_runs_in_every_format(tmp_path: Path, family: str, name: str) -> None:
     """Also those outside the contract: outside is slow, not wrong."""
     spec = importlib.util.spec_from_file_location("edge", Path(__file__).parents[1] / "scripts" / "edge.py")
