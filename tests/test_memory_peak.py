@@ -70,12 +70,12 @@ EACH = ((0,) * 8, (1,) * 8, (2,) * 8, (3,) * 8)
 
 @pytest.mark.parametrize(("choices", "tolerance", "genotypes"), [
     (("conv×1", "half×1", "rep×2"), 0.01, ((1, 2, 3, 1, 2, 3, 1, 2),)),
-    pytest.param(("plk×1", "half×1", "restormer×1"), 0.01, EACH, marks=pytest.mark.slow),
-    pytest.param(("rep×1(width=2.0)", "ssd×1", "uformer×1"), 0.01, EACH, marks=pytest.mark.slow),
+    pytest.param(("plk×1", "half×1", "restormer×2"), 0.01, EACH, marks=pytest.mark.slow),
+    pytest.param(("rep×1(width=2.0)", "ssd×1", "uformer×1"), 0.1, EACH, marks=pytest.mark.slow),
     pytest.param(("vssd×1(state=16)", "rep×2", "conv×2"), 0.1, EACH, marks=pytest.mark.slow)])
 def test_the_peak_is_that_of_the_exported_file(tmp_path: Path, choices: tuple[str, ...], tolerance: float,
                                                genotypes: tuple[tuple[int, ...], ...]) -> None:
-    """vssd within a tenth: its file spreads the norm's scale over all channels, for the sake of their layout."""
+    """vssd and ssd within a tenth: their files spread scales over all channels, for the sake of their layout."""
     space = build_space("s", small_restormer(), choices=[parse_choice(text) for text in choices])
     tally = build_peak_tally(small_restormer(), space, height=SIDE, width=SIDE)
     for genotype in genotypes:
