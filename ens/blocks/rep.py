@@ -56,7 +56,7 @@ class RepConv(nn.Module):
 class RepBlock(nn.Module):
     """x + 3×3(activation(3×3(x))); `width` is hidden / channels, `activation` one of `ACTIVATIONS`.
 
-    ReLU, which runtimes fuse into the convolution, imitated Restormer stages best (results/blocks.md).
+    ReLU, which runtimes fuse into the convolution, imitated Restormer stages best (results/LOG.md, 2026-11-29).
     """
 
     def __init__(self, channels: int, *, width: float = 1.0, activation: str = "relu") -> None:

@@ -126,8 +126,8 @@ def _sum_alive(parts: NDArray[np.int64], stop: int) -> NDArray[np.int64]:
 
 def build_peak_tally(network: Network, space: SearchSpace, *, height: int, width: int) -> Tally:
     """Peak bytes by slot and choice, each beside what waits around the slot, for an image of this size padded to the
-    network's multiple. The same numbers as of the exported file, but for selective scans: what an ONNX Scan takes
-    beyond its operands is not known.
+    network's multiple. The same numbers as of the exported file, but for `vssd` and `ssd` (up to a tenth too low) and
+    selective scans: what an ONNX Scan takes beyond its operands is not known.
     """
     specs = [network.slot(slot.name) for slot in space.slots]
     parts, visits = _trace_network(network, specs, (1, network.in_channels, height, width))
