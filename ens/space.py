@@ -194,6 +194,10 @@ class Tally:
         """The sum of values, or the largest."""
         return max(values, default=0.0) if self.is_maximum else math.fsum(values)
 
+    def value(self, genotype: Genotype) -> float:
+        """The cost of a genotype."""
+        return self.join(self.rest, *(row[index] for row, index in zip(self.entries, genotype, strict=True)))
+
     @property
     def least(self) -> float:
         """The smallest cost of any genotype."""

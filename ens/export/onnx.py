@@ -37,6 +37,8 @@ _RULES = (rules.reshape_reshape_rule, rules.transpose_transpose_rule, rules.unsq
           rules.materialize_reshape_shape_rule)
 """Of the exporter's rewrites those that take shapes away. Its own optimiser also takes a constant near 0 for 0, and an
 epsilon under a root is one: a black image became NaN."""
+_LARGEST_FOLDED = 2**15
+"""Elements of a constant that folding may write down: numbers that a few operators make stay out of the file."""
 
 
 class _Restore(nn.Module):
@@ -140,7 +142,7 @@ def simplify_graph(model: ir.Model) -> None:
 
 
 def _fold(model: ir.Model) -> None:
-    fold_constants_ir(model)
+    fold_constants_ir(model, output_size_limit=_LARGEST_FOLDED)
     passes.RemoveUnusedNodesPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
 
