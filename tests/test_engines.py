@@ -96,6 +96,24 @@ def test_every_genotype_is_asked_for_once_until_the_space_is_exhausted(engine: s
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_pending_is_not_asked_for_and_is_when_its_worker_died(engine: str) -> None:
+    """Four workers that ask in turn while the others measure; one of them never comes back."""
+    space, told = space_of(3, 1, 4), set[Genotype]()
+    subject = create_engine(engine, space, seed=3)
+    lost, pending = subject.ask(1), list[Genotype]()
+    for _ in range(11):
+        batch = subject.ask(1, [*lost, *pending])
+        assert len(batch) == 1 and not {*batch} & {*lost, *pending, *told}
+        pending += batch
+        if len(pending) == 3:
+            done = [pending.pop(0)]
+            told.update(done)
+            subject.tell(done, np.array([[sum(done[0]), -sum(done[0])]], dtype=float))
+    assert subject.ask(1, [*lost, *pending]) == []
+    assert subject.ask(5, pending) == lost
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_asking_follows_from_the_seed_and_what_was_told(engine: str) -> None:
     """Many equal values, so that a tie broken by an unseeded generator shows."""
     space = space_of(3, 3, 3, 3)

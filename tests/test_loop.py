@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -95,9 +95,9 @@ class Spy:
         self.asked = 0
         self.rows: dict[Genotype, list[float]] = {}
 
-    def ask(self, n: int) -> list[Genotype]:
+    def ask(self, n: int, pending: Sequence[Genotype] = ()) -> list[Genotype]:
         self.asked += 1
-        return self.inner.ask(n)
+        return self.inner.ask(n, pending)
 
     def tell(self, genotypes: list[Genotype], values: object) -> None:
         self.rows.update(zip(genotypes, values.tolist(), strict=True))

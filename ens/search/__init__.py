@@ -1,8 +1,8 @@
-"""Search engines by name: `ask(n)` returns genotypes never told before, `tell(genotypes, values)` their values."""
+"""Search engines by name: `ask(n, pending)` returns genotypes nobody has measured, `tell(genotypes, values)` values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,12 +18,14 @@ from ens.space import Genotype, SearchSpace
 class Engine(Protocol):
     """What the loop needs of a search engine: `ENGINES[name](space, seed=seed)`, and two calls.
 
-    Both calls together are a pure function of space, seed and what was told, in that order: that is what makes a
-    killed search end with the same archive as one that ran through.
+    Both calls together are a pure function of space, seed, what was told, in that order, and what is pending: that is
+    what makes a killed search end with the same archive as one that ran through.
     """
 
-    def ask(self, n: int) -> list[Genotype]:
-        """`n` different genotypes that were never told; fewer only when the space holds no more."""
+    def ask(self, n: int, pending: Sequence[Genotype] = ()) -> list[Genotype]:
+        """`n` different genotypes that were never told and that nobody measures now (`pending`); fewer only when the
+        space holds no more.
+        """
         ...
 
     def tell(self, genotypes: list[Genotype], values: np.ndarray) -> None:
@@ -56,8 +58,9 @@ class _ClosedEngine:
         self._engine = engine
         self._first = [int(slot.closed) for slot in space.slots]
 
-    def ask(self, n: int) -> list[Genotype]:
-        return [self._shift(genotype, 1) for genotype in self._engine.ask(n)]
+    def ask(self, n: int, pending: Sequence[Genotype] = ()) -> list[Genotype]:
+        found = self._engine.ask(n, [self._shift(genotype, -1) for genotype in pending])
+        return [self._shift(genotype, 1) for genotype in found]
 
     def tell(self, genotypes: list[Genotype], values: np.ndarray) -> None:
         self._engine.tell([self._shift(genotype, -1) for genotype in genotypes], values)

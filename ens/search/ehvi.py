@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import moocore
@@ -29,12 +30,12 @@ class EhviEngine:
     def __init__(self, space: SearchSpace, *, seed: int) -> None:
         self._ledger = Ledger(space, seed)
 
-    def ask(self, n: int) -> list[Genotype]:
-        rng = self._ledger.rng()
+    def ask(self, n: int, pending: Sequence[Genotype] = ()) -> list[Genotype]:
+        rng = self._ledger.rng(pending)
         initial = 2 * len(self._ledger.space.slots) + 1
-        if len(self._ledger) < initial or len(self._ledger.valid()[0]) < 2:
-            return self._ledger.uniform(n, beside=(), rng=rng)
-        candidates = self._candidates(n, rng)
+        if len(self._ledger) + len(pending) < initial or len(self._ledger.valid()[0]) < 2:
+            return self._ledger.uniform(n, beside=pending, rng=rng)
+        candidates = self._candidates(n, pending, rng)
         if not candidates:
             return []
         with warnings.catch_warnings():
@@ -43,20 +44,21 @@ class EhviEngine:
                                         deterministic_objective=True)
         open_slots = [slot for slot, size in enumerate(self._ledger.space.sizes) if size > 1]
         sampler.candidates = np.array(candidates, dtype=np.float64)[:, open_slots]
-        return sample_unseen(self._ledger, min(n, len(candidates)), sampler=sampler, draws=1, rng=rng)
+        return sample_unseen(self._ledger, min(n, len(candidates)), pending=pending, sampler=sampler, draws=1,
+                             rng=rng)
 
     def tell(self, genotypes: list[Genotype], values: np.ndarray) -> None:
         self._ledger.add(genotypes, values)
 
-    def _candidates(self, n: int, rng: np.random.Generator) -> list[Genotype]:
+    def _candidates(self, n: int, pending: Sequence[Genotype], rng: np.random.Generator) -> list[Genotype]:
         space, limit = self._ledger.space, max(n, _MAX_CANDIDATES)
         if space.num_genotypes - len(self._ledger) <= limit:
-            return list(self._ledger.unseen(space.enumerate()))
+            return list(self._ledger.unseen(space.enumerate(), beside=pending))
         genotypes, values = self._ledger.valid()
         front = [genotype for genotype, keep in zip(genotypes, moocore.is_nondominated(values), strict=True) if keep]
-        near = self._ledger.neighbours(front)
+        near = self._ledger.neighbours(front, beside=pending)
         chosen = [near[index] for index in rng.permutation(len(near))[: limit // 2]]
-        return chosen + self._ledger.uniform(limit - len(chosen), beside=chosen, rng=rng)
+        return chosen + self._ledger.uniform(limit - len(chosen), beside=[*pending, *chosen], rng=rng)
 
 
 class _CandidateSampler(optuna.samplers.GPSampler):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,10 +19,14 @@ class ExhaustiveEngine:
         self._ahead: list[Genotype] = []
         """Asked for and not told yet, so that the enumeration is walked once."""
 
-    def ask(self, n: int) -> list[Genotype]:
+    def ask(self, n: int, pending: Sequence[Genotype] = ()) -> list[Genotype]:
         self._ahead = list(self._ledger.unseen(self._ahead))
-        self._ahead += itertools.islice(self._ledger.unseen(self._rest), max(0, n - len(self._ahead)))
-        return self._ahead[:n]
+        skip = set(pending)
+        free = [genotype for genotype in self._ahead if genotype not in skip]
+        while len(free) < n and (new := next(self._ledger.unseen(self._rest), None)):
+            self._ahead.append(new)  # a pending one too: its worker may die
+            free += [] if new in skip else [new]
+        return free[:n]
 
     def tell(self, genotypes: list[Genotype], values: np.ndarray) -> None:
         self._ledger.add(genotypes, values)

@@ -16,8 +16,8 @@ _MOST_NEAR = 4096
 class Ledger:
     """Genotypes told so far with their values (a NaN row: measured, invalid), and which are still unseen.
 
-    Random numbers depend on the seed and on how much was told, never on how often an engine was asked: a search that
-    is killed and replayed asks for the same genotypes as one that ran through.
+    Random numbers depend on the seed and on how much was told or is pending, never on how often an engine was asked:
+    a search that is killed and replayed asks for the same genotypes as one that ran through.
     """
 
     def __init__(self, space: SearchSpace, seed: int) -> None:
@@ -45,8 +45,8 @@ class Ledger:
                  if not np.isnan(row).any()]
         return [genotype for genotype, _ in pairs], np.array([row for _, row in pairs])
 
-    def rng(self) -> np.random.Generator:
-        return np.random.default_rng((self.seed, len(self)))
+    def rng(self, pending: Sequence[Genotype] = ()) -> np.random.Generator:
+        return np.random.default_rng((self.seed, len(self) + len(pending)))
 
     def unseen(self, candidates: Iterable[Genotype], *, beside: Sequence[Genotype] = ()) -> Iterator[Genotype]:
         """The candidates that the space allows and that were neither told nor are in `beside`, each once.
@@ -80,19 +80,19 @@ class Ledger:
             found.append(new)
         return found
 
-    def opening(self, n: int, *, rng: np.random.Generator) -> list[Genotype]:
+    def opening(self, n: int, *, beside: Sequence[Genotype] = (), rng: np.random.Generator) -> list[Genotype]:
         """Up to `n` unseen genotypes to start from: one choice index in all slots at once (the teacher, then the
         all-surrogate ends), then uniform points. An engine that starts at both ends need not find them.
         """
         rows = (tuple(min(index, size - 1) for size in self.space.sizes) for index in range(max(self.space.sizes)))
-        found = list(self.unseen(rows))[:n]
-        return found + self.uniform(n - len(found), beside=found, rng=rng)
+        found = list(self.unseen(rows, beside=beside))[:n]
+        return found + self.uniform(n - len(found), beside=[*beside, *found], rng=rng)
 
-    def neighbours(self, genotypes: Iterable[Genotype]) -> list[Genotype]:
+    def neighbours(self, genotypes: Iterable[Genotype], *, beside: Sequence[Genotype] = ()) -> list[Genotype]:
         """Unseen genotypes that differ from one of `genotypes` in one slot."""
-        return list(self.unseen((*genotype[:slot], index, *genotype[slot + 1:])
-                                for genotype in genotypes for slot, size in enumerate(self.space.sizes)
-                                for index in range(size)))
+        return list(self.unseen(((*genotype[:slot], index, *genotype[slot + 1:])
+                                 for genotype in genotypes for slot, size in enumerate(self.space.sizes)
+                                 for index in range(size)), beside=beside))
 
 
 def _by_distance(start: Genotype, sizes: Sequence[int], rng: np.random.Generator) -> Iterator[Genotype]:

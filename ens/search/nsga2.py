@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -38,20 +39,20 @@ class Nsga2Engine:
         choices = {slot.name: PymooChoice(options=np.arange(len(slot.choices))) for slot in space.slots}
         self._problem = Problem(vars=choices)
 
-    def ask(self, n: int) -> list[Genotype]:
-        rng = self._ledger.rng()
-        if len(self._ledger) < self._startup or len(self._ledger.valid()[0]) < 2:
-            return self._ledger.opening(n, rng=rng)
+    def ask(self, n: int, pending: Sequence[Genotype] = ()) -> list[Genotype]:
+        rng = self._ledger.rng(pending)
+        if len(self._ledger) + len(pending) < self._startup or len(self._ledger.valid()[0]) < 2:
+            return self._ledger.opening(n, beside=pending, rng=rng)
         algorithm = self._algorithm(n, seed=int(rng.integers(2**31)))
         found: list[Genotype] = []
         children: list[Genotype] = []
         for _ in range(_MAX_MATINGS):
             children = [tuple(map(int, row)) for row in algorithm.ask().get("X")] or children
-            found += list(self._ledger.unseen(children, beside=found))[: n - len(found)]
+            found += list(self._ledger.unseen(children, beside=[*pending, *found]))[: n - len(found)]
             if len(found) == n:
                 return found
         for child in itertools.islice(itertools.cycle(children), n - len(found)):
-            nearest = self._ledger.nearest_unseen(child, beside=found, rng=rng)
+            nearest = self._ledger.nearest_unseen(child, beside=[*pending, *found], rng=rng)
             found += [] if nearest is None else [nearest]
         return found
 

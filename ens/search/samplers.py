@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import optuna
@@ -16,9 +16,10 @@ from ens.space import Genotype
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def sample_unseen(ledger: Ledger, n: int, *, sampler: optuna.samplers.BaseSampler, draws: int,
-                  rng: np.random.Generator) -> list[Genotype]:
-    """Up to `n` unseen genotypes by `sampler`, which sees what was told and treats the batch so far as running.
+def sample_unseen(ledger: Ledger, n: int, *, pending: Sequence[Genotype], sampler: optuna.samplers.BaseSampler,
+                  draws: int, rng: np.random.Generator) -> list[Genotype]:
+    """Up to `n` unseen genotypes by `sampler`, which sees what was told and treats what is pending and the batch
+    so far as running.
 
     A sampler that repeats itself is asked `draws` times; then the unseen genotype nearest to its last wish is taken.
     Fewer than `n` come back only when the space is exhausted.
@@ -32,21 +33,27 @@ def sample_unseen(ledger: Ledger, n: int, *, sampler: optuna.samplers.BaseSample
     study.add_trials([optuna.create_trial(params=_params(genotype, distributions), distributions=distributions,
                                           values=row.tolist())
                       for genotype, row in zip(genotypes, values, strict=True)])
+
+    def keep_running(genotype: Genotype) -> None:
+        study.add_trial(optuna.create_trial(state=TrialState.RUNNING, distributions=distributions,
+                                            params=_params(genotype, distributions)))
+
+    for genotype in pending:
+        keep_running(genotype)
     found: list[Genotype] = []
     while len(found) < n:
         for _ in range(draws):
             trial = study.ask(distributions)
             wish = tuple(int(trial.params.get(f"{slot:04d}", 0)) for slot in range(len(ledger.space.sizes)))
-            new = next(ledger.unseen([wish], beside=found), None)
+            new = next(ledger.unseen([wish], beside=[*pending, *found]), None)
             if new is not None:
                 break
             study.tell(trial, state=TrialState.FAIL)
         else:
-            new = ledger.nearest_unseen(wish, beside=found, rng=rng)
+            new = ledger.nearest_unseen(wish, beside=[*pending, *found], rng=rng)
             if new is None:
                 break
-            study.add_trial(optuna.create_trial(state=TrialState.RUNNING, distributions=distributions,
-                                                params=_params(new, distributions)))
+            keep_running(new)
         found.append(new)
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import optuna
 
@@ -17,12 +19,12 @@ class TpeEngine:
         self._ledger = Ledger(space, seed)
         self._startup = startup
 
-    def ask(self, n: int) -> list[Genotype]:
-        rng = self._ledger.rng()
-        if len(self._ledger) < self._startup or not self._ledger.valid()[0]:
-            return self._ledger.opening(n, rng=rng)
+    def ask(self, n: int, pending: Sequence[Genotype] = ()) -> list[Genotype]:
+        rng = self._ledger.rng(pending)
+        if len(self._ledger) + len(pending) < self._startup or not self._ledger.valid()[0]:
+            return self._ledger.opening(n, beside=pending, rng=rng)
         sampler = optuna.samplers.TPESampler(seed=int(rng.integers(2**31)), n_startup_trials=0, multivariate=True)
-        return sample_unseen(self._ledger, n, sampler=sampler, draws=20, rng=rng)
+        return sample_unseen(self._ledger, n, pending=pending, sampler=sampler, draws=20, rng=rng)
 
     def tell(self, genotypes: list[Genotype], values: np.ndarray) -> None:
         self._ledger.add(genotypes, values)
