@@ -102,7 +102,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def run(study: given.Study, out: given.Out, pick: given.Pick = "knee", candidates: given.Candidates = None,
         teacher: given.Teacher = None, bounds: given.Bounds = None, require: given.Require = None,
-        storage: given.Storage = "", restart: given.Restart = False, changes: given.Set = None) -> None:
+        storage: given.Storage = "", restart: given.Restart = False, changes: given.Set = None,
+        code: given.Import = None) -> None:
     """The whole road: train, distill, search, finetune, pareto, export; whatever of it is missing."""
     from ens import pipeline
 
@@ -119,19 +120,19 @@ def run(study: given.Study, out: given.Out, pick: given.Pick = "knee", candidate
 
 @app.command()
 def train(study: given.Study, out: given.Out, teacher: given.TaughtBy = None, teacher_weight: given.TaughtWeight = None,
-          restart: given.Restart = False, changes: given.Set = None) -> None:
+          restart: given.Restart = False, changes: given.Set = None, code: given.Import = None) -> None:
     """Train the teacher of a study; several processes under torchrun."""
     from ens import pipeline
 
     with reporting() as control:
         recipe = [*(changes or ()), *_taught("train", teacher, teacher_weight)]
         pipeline.train(_start(study, out, recipe, restart=restart), control)
-    say(f"The run is in {out}. Next: {shlex.join(['ens', 'distill', study, '--out', str(out)])}")
+    say(f"The run is in {out}. Next: {given.spell('distill', study, '--out', str(out))}")
 
 
 @app.command()
 def distill(study: given.Study, out: given.Out, teacher: given.Teacher = None, restart: given.Restart = False,
-            changes: given.Set = None) -> None:
+            changes: given.Set = None, code: given.Import = None) -> None:
     """Align every surrogate of a study with its slot of the teacher."""
     from ens import pipeline
 
@@ -146,14 +147,15 @@ def distill(study: given.Study, out: given.Out, teacher: given.Teacher = None, r
 
 @app.command()
 def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, bounds: given.Bounds = None,
-           require: given.Require = None, storage: given.Storage = "", changes: given.Set = None) -> None:
+           require: given.Require = None, storage: given.Storage = "", changes: given.Set = None,
+           code: given.Import = None) -> None:
     """Measure genotypes until the budget of unique evaluations is spent."""
     from ens import pipeline
 
     with reporting() as control:
         asked = [*(changes or ()), *given.bound_changes(bounds), *given.require_changes(require)]
         measured = pipeline.search(_start(study, out, asked, teacher=teacher, storage=storage), control)
-    say(f"{len(measured)} genotypes are measured. Next: {shlex.join(['ens', 'pareto', str(out)])}")
+    say(f"{len(measured)} genotypes are measured. Next: {given.spell('pareto', str(out))}")
 
 
 @app.command()
@@ -162,7 +164,7 @@ def pareto(run: given.Run, objectives: Annotated[str, typer.Option(help=(
         within: given.Within = None, bounds: given.Bounds = None,
         unmark: Annotated[str, typer.Option(metavar="GENOTYPE", help=(
             "Put a genotype back that a failed export has marked invalid."))] = "",
-        storage: given.Storage = "") -> None:
+        storage: given.Storage = "", code: given.Import = None) -> None:
     """Print the front of a run and write it as CSV, Markdown, PNG and one HTML page."""
     from ens import pipeline
 
@@ -184,9 +186,9 @@ def pareto(run: given.Run, objectives: Annotated[str, typer.Option(help=(
 
 @app.command()
 def finetune(run: given.Run, pick: given.Pick = "knee", candidates: given.Candidates = None,
-             teacher: given.TaughtBy = None,
-             teacher_weight: given.TaughtWeight = None, bounds: given.Bounds = None, storage: given.Storage = "",
-             restart: given.Restart = False, changes: given.Set = None) -> None:
+             teacher: given.TaughtBy = None, teacher_weight: given.TaughtWeight = None, bounds: given.Bounds = None,
+             storage: given.Storage = "", restart: given.Restart = False, changes: given.Set = None,
+             code: given.Import = None) -> None:
     """Train hybrids of the front end to end, with their teacher's output as extra supervision."""
     from ens import pipeline
 
@@ -202,7 +204,7 @@ def finetune(run: given.Run, pick: given.Pick = "knee", candidates: given.Candid
 @app.command()
 def export(run: given.Run, pick: given.Pick = "knee", formats: given.Formats = "onnx", size: given.Size = "",
            int8: given.Int8 = False, bundle: given.Bundle = False, plain: given.Plain = False,
-           bounds: given.Bounds = None, storage: given.Storage = "") -> None:
+           bounds: given.Bounds = None, storage: given.Storage = "", code: given.Import = None) -> None:
     """Write one hybrid in one or several formats, each with a card; every file is checked in its own runtime first."""
     from ens import pipeline
 
@@ -220,7 +222,7 @@ def restore(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Image, or folder of images.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Image or folder to write.")],
     tile: given.Tile = None, tile_overlap: given.TileOverlap = None, threads: given.Threads = None,
-    runtime: given.Runtime = "",
+    runtime: given.Runtime = "", code: given.Import = None,
 ) -> None:
     """Restore an image, or every image of a folder."""
     from ens.runtime.session import open_session, restore_files
@@ -258,7 +260,7 @@ def evaluate(
     crop: Annotated[int | None, typer.Option(metavar="PX", help="Cut this square out of the centre first.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Take the first N images.")] = None,
     threads: given.Threads = None, runtime: given.Runtime = "", tile: given.Tile = None,
-    tile_overlap: given.TileOverlap = None,
+    tile_overlap: given.TileOverlap = None, code: given.Import = None,
 ) -> None:
     """Score a file on a folder of images: protocol, data, PSNR and SSIM."""
     from ens import pipeline
@@ -276,7 +278,8 @@ def evaluate(
 
 @app.command()
 def spaces(studies: Annotated[list[str] | None, typer.Argument(
-        metavar="[SPACE.yaml]...", help="Studies to list; the shipped ones by default.")] = None) -> None:
+        metavar="[SPACE.yaml]...", help="Studies to list; the shipped ones by default.")] = None,
+        code: given.Import = None) -> None:
     """List studies: slots × choices, genotypes, and the range of parameters and multiply-adds."""
     from ens.config import shipped_spaces
     from ens.run_folder import RunFolder
@@ -295,7 +298,7 @@ def schema() -> None:
 @inspect.command()
 def erf(run: given.Run, slot: Annotated[str, typer.Option(help="Slot to look into, for instance latent.")],
         target: Annotated[Path | None, typer.Option("--out", "-o", help="PNG; RUN/erf_SLOT.png by default.")] = None,
-        ) -> None:
+        code: given.Import = None) -> None:
     """Effective receptive field: the teacher's, and the surrogates' before and after distillation and fine-tuning.
 
     The gradient of the centre of the slot's update (output - input) with respect to its input: a PNG, and the sides of

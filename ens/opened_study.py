@@ -24,6 +24,7 @@ from ens.evaluate.meters import METERS, PEAK, Meter, build_latency, build_peak
 from ens.evaluate.protocols import Protocol, task_protocols
 from ens.export.hybrid import build_hybrid, open_network
 from ens.networks import create_network
+from ens.networks.own import is_own
 from ens.networks.slots import build_space
 from ens.networks.steps import Network, SlotSpec, create_filling
 from ens.objectives import LATENCY, QUALITY, find_objective, find_objectives
@@ -131,7 +132,8 @@ class OpenedStudy:
     @cached_property
     def source(self) -> Network:
         """The teacher as it was given or trained, before a library rounds its weights."""
-        return open_network(self.study.teacher or str(self.teacher_path))
+        own = self.create_network if is_own(str(self.study.network.get("name", ""))) else None
+        return open_network(self.study.teacher or str(self.teacher_path), own)
 
     @cached_property
     def teacher(self) -> Network:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -50,6 +51,30 @@ Restart = Annotated[bool, typer.Option("--restart", help=(
     "Drop the state of an unfinished training, where it is damaged or of another recipe, and begin it again."))]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
     "Change one key of the study, for instance search.budget=40. May be given several times."))]
+
+
+_imports: list[str] = []
+
+
+def _import_code(given: list[str] | None) -> list[str] | None:
+    """Runs before the verb does; without --import nothing is loaded for it."""
+    if given:
+        from ens.networks.own import import_code  # brings PyTorch
+
+        for code in given:
+            import_code(code)
+            _imports.append(code)
+    return given
+
+
+def spell(*words: str) -> str:
+    """A command to type next, with what this one imports."""
+    return shlex.join(["ens", *words, *(word for code in _imports for word in ("--import", code))])
+
+
+Import = Annotated[list[str] | None, typer.Option("--import", metavar="FILE.py|MODULE", callback=_import_code, help=(
+    "Python code that defines a network of yours, my_network.py or my_package.module; nothing else is ever imported. "
+    "May be given several times."))]
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:

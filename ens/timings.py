@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ens.console import make_table, print_bench, reporting, say, show
-from ens.options import Repeats, Runtime, Set, Sizes, Threads, parse_sizes
+from ens.options import Import, Repeats, Runtime, Set, Sizes, Threads, parse_sizes
 
 if TYPE_CHECKING:
     from ens.run_folder import RunFolder
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def bench(files: Annotated[list[str], typer.Argument(metavar="A B...", help="Files that hold networks.")],
           runtime: Runtime = "", size: Sizes = "256", threads: Threads = None,
           repeats: Repeats = 15,
-          as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+          as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+          code: Import = None) -> None:
     """Time files in turn, in one run: milliseconds, and how many times as fast as the first."""
     from ens.runtime.bench import bench_files
     from ens.runtime.runner import describe_machine
@@ -40,7 +41,7 @@ def profile(
         "Write files, plan and runner into this folder for another device, and time nothing."))] = None,
     results: Annotated[Path | None, typer.Option("--from", metavar="results.json", help=(
         "Read what the runner of a bundle has left, and time nothing."))] = None,
-    changes: Set = None,
+    changes: Set = None, code: Import = None,
 ) -> None:
     """Time every choice of every slot in a runtime: the latency table that latency_ms is read from.
 

@@ -21,6 +21,7 @@ from torch import nn
 from ens.atomic import write_atomic
 from ens.networks import create_network
 from ens.networks.checkpoints import hash_weights, load_strictly
+from ens.networks.own import OwnCodeError
 from ens.networks.schema import Entries, Options, Sha256, read_entries
 from ens.networks.steps import Network, SlotSpec, create_filling
 from ens.networks.weight_files import CheckpointError, read_safetensors
@@ -147,6 +148,8 @@ class Library:
         entry = self.manifest.teacher
         try:
             return create_network(entry.network, **entry.options)
+        except OwnCodeError:
+            raise
         except ValueError as error:
             raise LibraryError(f"{self.root}: the teacher of its manifest cannot be built ({error})") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -112,8 +112,9 @@ def read_facts(path: str | Path) -> dict[str, str]:
     return {key: value for key, value in sorted(read_metadata(path).items()) if key not in _DESCRIPTION}
 
 
-def open_network(path: str | Path) -> Network:
-    """Open a hybrid file, a checkpoint (released or own), or `builtin:NAME` for a shipped teacher.
+def open_network(path: str | Path, create: Callable[[], Network] | None = None) -> Network:
+    """Open a hybrid file, a checkpoint (released or own), or `builtin:NAME` for a shipped teacher; a checkpoint that
+    does not describe its network as the one that `create` makes, where it is given.
 
     Raises CheckpointError, or LibraryError for a teacher that does not ship.
     """
@@ -121,4 +122,4 @@ def open_network(path: str | Path) -> Network:
         return open_library(str(path)).load_teacher()
     if read_metadata(path).get("format", "").startswith("ens hybrid"):
         return load_hybrid(path)
-    return load_checkpoint(path)
+    return load_checkpoint(path, create)

@@ -69,7 +69,7 @@ def _measure(network: Network, plain: nn.Module, photo: Tensor) -> float:
 
 def write_source(network: Network, choices: Mapping[str, Choice]) -> str:
     """The Python source of a network made by its name, with these choices in its slots; raises ExportError."""
-    if network.recipe is None or network.recipe[0] == "wrapped":
+    if network.recipe is None or network.recipe[0] not in NETWORKS or network.recipe[0] == "wrapped":
         raise ExportError("the network was not made by a name of ens, so its code is not known: it has no plain file")
     name, options = network.recipe
     roots: list[type] = [NETWORKS[name], *(FAMILIES[choice.family] for choice in choices.values())]

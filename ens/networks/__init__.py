@@ -12,6 +12,7 @@ from ens.networks.dat import DAT
 from ens.networks.dvmsr import DVMSR
 from ens.networks.mambacsr import MambaCSR
 from ens.networks.mambair_unet import MambaIRUNet
+from ens.networks.own import create_own, is_own, list_offers
 from ens.networks.plksr import PLKSR
 from ens.networks.restormer import Restormer
 from ens.networks.serpent import Serpent
@@ -33,13 +34,17 @@ NETWORKS: dict[str, type[Network]] = {
 
 
 def create_network(name: str, **options: Any) -> Network:
-    """Build a published network by name with its published constructor options (random weights).
+    """Build a published network by name with its published constructor options (random weights), or one of a user's,
+    `my_network:build`, as `create_own` does.
 
     Raises ValueError for an unknown name or option, listing the allowed ones, and for sizes out of bounds. The network
     remembers how it was built (`network.recipe`), so a file that holds its weights can describe it.
     """
+    if is_own(name):
+        return create_own(name, options)
     if name not in NETWORKS:
-        raise ValueError(f"network {name!r} is unknown; allowed: {', '.join(NETWORKS)}")
+        raise ValueError(f"network {name!r} is unknown; allowed: {', '.join(NETWORKS)}, and functions of your own, "
+                         f"my_network:build with --import my_network.py{list_offers()}")
     parameters = inspect.signature(NETWORKS[name]).parameters.values()
     check_options(f"network {name}", options, {parameter.name: parameter.default for parameter in parameters})
     network = check_size(f"network {name}", lambda: NETWORKS[name](**options))

@@ -6,9 +6,10 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import safetensors.torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ens.atomic import write_atomic
 from ens.networks import create_network, dat, dvmsr, mambacsr, mambair_unet, plksr, restormer
+from ens.networks.own import OwnCodeError
 from ens.networks.schema import Recipe, read_entries
 from ens.networks.steps import Network
 from ens.networks.weight_files import CheckpointError, read_weight_file
@@ -71,28 +73,34 @@ _STRANGERS = {
 }
 
 
-def load_checkpoint(path: str | Path) -> Network:
+def load_checkpoint(path: str | Path, create: Callable[[], Network] | None = None) -> Network:
     """Open a released or own checkpoint (.safetensors, .pth, .pt, .ckpt) as the network it belongs to, in eval mode.
 
-    The network and its sizes are inferred from the keys; every key must fit. Where a file holds more than one set of
+    The network and its sizes are inferred from the keys; every key must fit. A file that does not describe its network
+    is opened as the one of a user's that `create` makes, where it is given. Where a file holds more than one set of
     weights, averaged ones are taken, and a line of the log says which were. Raises CheckpointError saying what the
     file is instead.
     """
     path = Path(path)
     metadata, content = read_weight_file(path)
+    keys: dict[str, str] = {}
     if metadata.get("format") == CHECKPOINT_FORMAT:
         recipe, network = rebuild_network(path, Recipe, metadata)
         weights = WeightSet("", "", dict(_tensors(content)))
         check_hash(path, recipe, weights.state)
     elif metadata.get("format", "").startswith("ens "):
         raise CheckpointError(path, f"is an {metadata['format']!r} file, not a checkpoint; open it with open_network")
+    elif create is not None:
+        network = create()
+        keys = network.released_keys()
+        weights = _find_own(path, content, keys)
     else:
         name, weights = find_weights(path, content)
         network = create_network(name, **_infer(path, name, weights.state))
     lost = [row for row in (f"{spec.module}.{spec.depth}" for spec in network.slots) if row in weights.modules]
     if lost:
         raise CheckpointError(path, f"lacks the weights of {_first_ten(lost)}, which the network it was saved from had")
-    load_strictly(path, network, weights.state)
+    load_strictly(path, network, weights.state, keys)
     return network.eval()
 
 
@@ -100,7 +108,7 @@ def rebuild_network(path: str | Path, schema: type[AnyRecipe], metadata: Mapping
         AnyRecipe, Network]:
     """What the metadata of an own file say, and the network they describe, without its weights.
 
-    Raises CheckpointError.
+    Raises CheckpointError, or OwnCodeError where the network is a user's and their code is not there.
     """
     try:
         recipe = read_entries(schema, metadata)
@@ -108,6 +116,8 @@ def rebuild_network(path: str | Path, schema: type[AnyRecipe], metadata: Mapping
         raise CheckpointError(path, f"is damaged: its metadata are wrong ({error}); take a sound copy") from None
     try:
         return recipe, create_network(recipe.network, **recipe.options)
+    except OwnCodeError:  # the user's command is at fault, or their code, not the file
+        raise
     except ValueError as error:
         raise CheckpointError(path, f"describes a network that cannot be built ({error})") from None
 
@@ -134,17 +144,32 @@ class WeightSet:
 
 def find_weights(path: str | Path, content: object) -> tuple[str, WeightSet]:
     """The name of the network whose weights a file holds, and the weights; raises CheckpointError."""
+    sets = _check_sets(path, content)
+    for weights in sets:
+        for name, sniffer in SNIFFERS.items():
+            prefixes = _find_prefixes(weights.state, sniffer.markers)
+            if prefixes:
+                return name, _take(path, sets, weights, prefixes[0], sniffer.derived)
+    raise CheckpointError(path, _describe_stranger(sets[0].state))
+
+
+def _find_own(path: str | Path, content: object, keys: Mapping[str, str]) -> WeightSet:
+    """The weights that have these keys; those nearest to them where none do. Raises CheckpointError."""
+    sets = _check_sets(path, content)
+    for weights in sets:
+        if prefixes := _find_prefixes(weights.state, tuple(keys)):
+            return _take(path, sets, weights, prefixes[0], ())
+    return max(sets, key=lambda weights: len(weights.state.keys() & keys.keys()))
+
+
+def _check_sets(path: str | Path, content: object) -> list[WeightSet]:
+    """The dictionaries of weights in a file, the one to prefer first; raises CheckpointError where there is none."""
     sets = list(_list_sets(content))
     if not sets:
         raise CheckpointError(path, f"holds a {type(content).__name__}, not a dictionary of weights"
                               if not isinstance(content, Mapping) else
                               f"holds no weights; its entries: {_first_ten(map(str, content))}")
-    for weights in sets:
-        for name, sniffer in SNIFFERS.items():
-            prefixes = _find_prefixes(weights.state, sniffer)
-            if prefixes:
-                return name, _take(path, sets, weights, prefixes[0], sniffer.derived)
-    raise CheckpointError(path, _describe_stranger(sets[0].state))
+    return sets
 
 
 def _tensors(content: object) -> Iterator[tuple[str, Tensor]]:
@@ -165,12 +190,12 @@ def _list_sets(content: object, place: str = "", depth: int = 3) -> Iterator[Wei
         yield WeightSet(place, "", state, frozenset(map(str, modules)))
 
 
-def _find_prefixes(state: Mapping[str, Tensor], sniffer: Sniffer) -> list[str]:
+def _find_prefixes(state: Mapping[str, Tensor], markers: Sequence[str]) -> list[str]:
     """What stands in front of every marker of a network: "" or a few of `_PREFIXES`, averaged weights first."""
-    first = sniffer.markers[0]
+    first = markers[0]
     prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
     usual = [prefix for prefix in prefixes if set(prefix.split(".")[:-1]) <= _PREFIXES and prefix[-1:] in ("", ".")]
-    fitting = [prefix for prefix in usual if all(prefix + marker in state for marker in sniffer.markers)]
+    fitting = [prefix for prefix in usual if all(prefix + marker in state for marker in markers)]
     return sorted(fitting, key=lambda prefix: not any(part in _AVERAGED for part in prefix.split(".")))
 
 
@@ -204,12 +229,19 @@ def _describe_stranger(state: Mapping[str, Tensor]) -> str:
     nearest = max(SNIFFERS, key=lambda name: sum(marker in state for marker in SNIFFERS[name].markers))
     missing = [marker for marker in SNIFFERS[nearest].markers if marker not in state]
     return (f"holds another network{f' (probably {guess})' if guess else ''}; known: {', '.join(SNIFFERS)}. As "
-            f"{nearest} it has missing keys: {_first_ten(missing)}; unexpected keys: {_first_ten(state)}")
+            f"{nearest} it has missing keys: {_first_ten(missing)}; unexpected keys: {_first_ten(state)}. The "
+            "weights of a network of your own open as the `teacher` of a study that names its class, `network: {name: "
+            "my_network:build}`, with --import my_network.py")
 
 
-def load_strictly(path: str | Path, network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """load_state_dict where every key and shape must fit; raises CheckpointError listing the first ten that do not."""
+def load_strictly(path: str | Path, network: nn.Module, state: Mapping[str, Tensor],
+                  keys: Mapping[str, str] = MappingProxyType({})) -> None:
+    """load_state_dict where every key and shape must fit; raises CheckpointError listing the first ten that do not.
+
+    `keys` are those of `state` that the network has other names for.
+    """
     own = network.state_dict()
+    own = {key: own[keys[key]] for key in keys} if keys else own
     missing, unexpected = [key for key in own if key not in state], [key for key in state if key not in own]
     shapes = [f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}" for key, value in state.items()
               if key in own and own[key].shape != value.shape]
@@ -219,7 +251,7 @@ def load_strictly(path: str | Path, network: nn.Module, state: Mapping[str, Tens
     if any(keys for _, keys in parts):
         raise CheckpointError(path, "does not fit the network: " + "; ".join(
             f"{title}: {_first_ten(keys)}" for title, keys in parts if keys))
-    network.load_state_dict(state)
+    network.load_state_dict({keys.get(key, key): value for key, value in state.items()})
 
 
 def _is_plain(value: Tensor, own: Tensor) -> bool:

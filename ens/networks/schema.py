@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Json, JsonValue, ValidationError
 
 from ens.blocks.bounds import MAX_DEPTH
 from ens.space import Choice
 
-Options = dict[str, bool | int | float | str | list[int]]
+Options = dict[str, JsonValue]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

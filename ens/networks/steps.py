@@ -137,6 +137,10 @@ class Network(nn.Module):
                 handle.remove()
         return features
 
+    def released_keys(self) -> dict[str, str]:
+        """Keys of the weights as a released file has them -> those of this network's `state_dict`."""
+        return {key: key for key in self.state_dict()}
+
     def slot_step(self, name: str) -> int:
         """Index of the step that runs this slot (of a block slot: its stage)."""
         module = self.slot(name).module

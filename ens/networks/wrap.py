@@ -3,17 +3,65 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ens.networks.steps import Network, SlotSpec, Step
+from ens.networks.steps import Network, SlotSpec, State, Step
 
-_WRAPPED: dict[str, WrappedNetwork] = {}
+_WRAPPED: dict[str, FramedNetwork] = {}
 
 
-class WrappedNetwork(Network):
+class FramedNetwork(Network):
+    """A module (B, in_channels, H, W) -> (B, in_channels, sH, sW) of a user's as a network without slots.
+
+    The module gets the image and `extras` by keyword; `output` is the index or key of the image in what it returns,
+    None where it returns the image alone.
+    """
+
+    def __init__(self, module: nn.Module, *, in_channels: int, upscale: int, size_multiple: int,
+                 output: int | str | None, extras: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.wrapped = module
+        self.training = module.training  # of this module alone: those below have a mode of their own each
+        self.in_channels, self.upscale, self.size_multiple = in_channels, upscale, size_multiple
+        self.output, self.extras = output, dict(extras)
+        self.slots = ()
+        self.steps = (Step("wrapped"),)
+        if type(module) is nn.Sequential and output is None and not extras:
+            # named_children would leave out a child that stands in the row twice.
+            self.steps = tuple(Step(f"wrapped.{child}") for child in module._modules)
+
+    def _apply_step(self, step: Step, state: State) -> State:
+        if step.module != "wrapped":
+            return super()._apply_step(step, state)
+        returned = self.wrapped(state["x"], **self.extras)
+        return {**state, "x": _take_image(returned, self.output)}
+
+    def released_keys(self) -> dict[str, str]:
+        return {key.removeprefix("wrapped."): key for key in self.state_dict()}
+
+
+def _take_image(returned: Any, output: int | str | None) -> Tensor:
+    try:
+        image = returned if output is None else returned[output]
+    except (IndexError, KeyError, TypeError):
+        raise ValueError(f"the module returns {_describe(returned)}, which has no {output!r}") from None
+    if not isinstance(image, Tensor):
+        raise ValueError(f"the module returns {_describe(image)}; say as `output` which element is the image")
+    return image
+
+
+def _describe(value: Any) -> str:
+    inside = (f" with {', '.join(map(str, value))}" if isinstance(value, Mapping) else
+              f" of {len(value)}" if isinstance(value, tuple | list) else "")
+    return f"a {type(value).__name__}{inside}"
+
+
+class WrappedNetwork(FramedNetwork):
     """A copy of what `wrap_network` was given under this name in this process.
 
     Files hold weights and this name, never code: a program that opens them wraps the module first. Raises ValueError
@@ -21,43 +69,43 @@ class WrappedNetwork(Network):
     """
 
     def __init__(self, *, wrapped_as: str) -> None:
-        super().__init__()
         if wrapped_as not in _WRAPPED:
             raise ValueError(f"no module is wrapped as {wrapped_as!r} in this program (there is "
                              f"{', '.join(_WRAPPED) or 'none'}); call wrap_network with it before its files are opened")
-        original = _WRAPPED[wrapped_as]
-        self.wrapped: nn.Module = copy.deepcopy(original.wrapped)
-        self.training = original.training  # of this module alone: those below have a mode of their own each
-        self.steps, self.slots, self.size_multiple = original.steps, original.slots, original.size_multiple
-        self.upscale, self.in_channels = original.upscale, original.in_channels
+        nn.Module.__init__(self)
+        self.__dict__ = copy.deepcopy(_WRAPPED[wrapped_as]).__dict__
         self.recipe = ("wrapped", {"wrapped_as": wrapped_as})
 
 
 def wrap_network(module: nn.Module, *, slots: Sequence[str], name: str, in_channels: int = 3, upscale: int = 1,
-                 size_multiple: int = 1, probe_px: int = 64) -> WrappedNetwork:
-    """Turn a module (B, in_channels, H, W) -> (B, in_channels, sH, sW) into a network with slots.
-
-    `slots` are dotted names of submodules, each called once a pass with one (B, C, H, W) tensor and returning that
-    shape; their channels and scale are found by one pass over a `probe_px` image. `name` stands in the files a run
-    writes. H and W of what the module sees are multiples of `size_multiple`. The module is copied as it is:
-    precision, device, and train or eval mode of every part. A plain nn.Sequential runs child by child, so a search
-    shares prefixes; any other module runs as a whole. Raises ValueError saying which slot does not fit.
+                 size_multiple: int = 1, probe_px: int = 64, output: int | str | None = None,
+                 extras: Mapping[str, Any] = MappingProxyType({})) -> WrappedNetwork:
+    """Turn a module into a network with slots, as `frame_network`; a copy of it, as it is: precision, device, and train
+    or eval mode of every part. `name` stands in the files a run writes.
     """
-    network = WrappedNetwork.__new__(WrappedNetwork)
-    nn.Module.__init__(network)
-    network.wrapped = copy.deepcopy(module)
-    network.training = module.training
-    network.in_channels, network.upscale, network.size_multiple = in_channels, upscale, size_multiple
-    network.steps = (Step("wrapped"),)
-    if type(module) is nn.Sequential:
-        # named_children would leave out a child that stands in the row twice.
-        network.steps = tuple(Step(f"wrapped.{child}") for child in module._modules)
-    network.slots = _probe_slots(network, slots, probe_px)
-    _WRAPPED[name] = network
+    _WRAPPED[name] = frame_network(copy.deepcopy(module), slots=slots, in_channels=in_channels, upscale=upscale,
+                                   size_multiple=size_multiple, probe_px=probe_px, output=output, extras=extras)
     return WrappedNetwork(wrapped_as=name)
 
 
-def _probe_slots(network: WrappedNetwork, names: Sequence[str], probe_px: int) -> tuple[SlotSpec, ...]:
+def frame_network(module: nn.Module, *, slots: Sequence[str], in_channels: int = 3, upscale: int = 1,
+                  size_multiple: int = 1, probe_px: int = 64, output: int | str | None = None,
+                  extras: Mapping[str, Any] = MappingProxyType({})) -> FramedNetwork:
+    """A module (B, in_channels, H, W) -> (B, in_channels, sH, sW) as a network with slots.
+
+    `slots` are dotted names of submodules, each called once a pass with one (B, C, H, W) tensor and returning that
+    shape; their channels and scale are found by one pass over a `probe_px` image. H and W of what the module sees are
+    multiples of `size_multiple`; it gets `extras` by keyword, and `output` is the index or key of the image in what it
+    returns where it returns more. A plain nn.Sequential runs child by child, so a search shares prefixes; any other
+    module runs as a whole. Raises ValueError saying which slot does not fit.
+    """
+    network = FramedNetwork(module, in_channels=in_channels, upscale=upscale, size_multiple=size_multiple,
+                            output=output, extras=extras)
+    network.slots = _probe_slots(network, slots, probe_px)
+    return network
+
+
+def _probe_slots(network: FramedNetwork, names: Sequence[str], probe_px: int) -> tuple[SlotSpec, ...]:
     """Slots in the order in which one pass calls them."""
     known = dict(network.wrapped.named_modules())
     unknown = [name for name in names if name not in known or not name]
