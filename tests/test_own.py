@@ -169,7 +169,7 @@ def test_weights_that_do_not_fit_are_named_by_the_keys_of_the_users_class() -> N
 @pytest.mark.parametrize(("name", "options", "words"), [
     ("my_network:build", {"dim": 4}, "names no `slots`; `ens slots my_network:build`"),
     ("my_network:build", {"width": 4, "slots": ["body.0"]}, "unexpected keyword argument 'width'.*takes dim, upscale"),
-    ("my_network:build", {"slots": ["head"]}, "slot 'head' maps"),
+    ("my_network:build", {"slots": ["head"]}, "slot 'head' changes the shape, .1, 8, 64, 96. to"),
     ("my_network:broken", {"slots": ["head"]}, r"AttributeError: .*'missing' \(my_network.py, line 31\)"),
     ("my_network:nothing", {"slots": ["head"]}, "returned a int, not an nn.Module"),
     ("my_network:system", {"command": "touch hacked"}, "defines no function 'system'.*it has Net, build, broken"),

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ens.export.layout import keep_blocked
+from ens.export.views import drop_round_trips
 
 Array = NDArray[Any]
 
@@ -22,9 +23,10 @@ _BLOCK = 4
 
 
 def tidy_graph(model: ir.Model) -> None:
-    """Fold per-channel factors into convolutions, cut convolutions apart instead of slicing them, and keep what is
-    between them in their layout, in place.
+    """Drop moves that cancel, fold per-channel factors into convolutions, cut convolutions apart instead of slicing
+    them, and keep what is between them in their layout, in place.
     """
+    drop_round_trips(model.graph)
     for rewrite in (_fold_shift, _fold_factor, _cut_apart):
         _apply_until_done(model.graph, rewrite)
     keep_blocked(model.graph)

@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ens.networks.probe import describe_failure
 from ens.networks.steps import Network
 from ens.networks.wrap import frame_network
 from ens.shortage import is_shortage
@@ -87,15 +87,6 @@ def _run(what: str, work: Callable[[], Result]) -> Result:
         if is_shortage(error):
             raise
         raise OwnCodeError(f"--import {what} failed: {describe_failure(error)}") from error
-
-
-def describe_failure(error: BaseException) -> str:
-    """What was raised, and the last line of code outside this package and PyTorch that it came through."""
-    ours = {str(Path(__file__).resolve().parents[1]), str(Path(torch.__file__).parent)}
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if not frame.filename.startswith((*ours, "<"))]
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
 
 
 def list_offers() -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ens.networks.borders import Border, Form, MapView
+from ens.networks.probe import READS_IMAGE, Visit, differ, evaluating, naming_failures, probe_image, record_visits
 from ens.networks.steps import Network, SlotSpec, State, Step
 
 _WRAPPED: dict[str, FramedNetwork] = {}
@@ -42,7 +46,15 @@ class FramedNetwork(Network):
         return {**state, "x": _take_image(returned, self.output)}
 
     def released_keys(self) -> dict[str, str]:
-        return {key.removeprefix("wrapped."): key for key in self.state_dict()}
+        framed = [spec.module.removeprefix("wrapped.").removesuffix("body") for spec in self.slots
+                  if isinstance(self.get_submodule(spec.module), MapView)]
+        released = {}
+        for key in self.state_dict():
+            name = key.removeprefix("wrapped.")
+            for slot in framed:
+                name = name.replace(f"{slot}body.original.", slot, 1) if name.startswith(slot) else name
+            released[name] = key
+        return released
 
 
 def _take_image(returned: Any, output: int | str | None) -> Tensor:
@@ -93,71 +105,73 @@ def frame_network(module: nn.Module, *, slots: Sequence[str], in_channels: int =
                   extras: Mapping[str, Any] = MappingProxyType({})) -> FramedNetwork:
     """A module (B, in_channels, H, W) -> (B, in_channels, sH, sW) as a network with slots.
 
-    `slots` are dotted names of submodules, each called once a pass with one (B, C, H, W) tensor and returning that
-    shape; their channels and scale are found by one pass over a `probe_px` image. H and W of what the module sees are
-    multiples of `size_multiple`; it gets `extras` by keyword, and `output` is the index or key of the image in what it
-    returns where it returns more. A plain nn.Sequential runs child by child, so a search shares prefixes; any other
-    module runs as a whole. Raises ValueError saying which slot does not fit.
+    `slots` are dotted names of submodules, each called once a pass and returning the shape it gets: a map (B, C, H, W)
+    or (B, H, W, C), or tokens (B, L, C) with their height and width in further arguments, of whatever name and type.
+    What else they are called with may not depend on what the image shows. Channels and scale are found by passes over
+    noise of `probe_px` and half as many more px. H and W of what the module sees are multiples of `size_multiple`; it
+    gets `extras` by keyword, and `output` is the index or key of the image in what it returns where it returns more. A
+    plain nn.Sequential runs child by child, so a search shares prefixes; any other module runs as a whole. Raises
+    ValueError saying which slot does not fit.
     """
     network = FramedNetwork(module, in_channels=in_channels, upscale=upscale, size_multiple=size_multiple,
                             output=output, extras=extras)
-    network.slots = _probe_slots(network, slots, probe_px)
+    height = probe_px + -probe_px % size_multiple
+    size = (height, height + size_multiple * -(-height // (2 * size_multiple)))  # no side can be taken for the other
+    visits = _probe_slots(network, slots, size)
+    _check_nested(visits)
+    network.slots = tuple(SlotSpec(
+        visit.name, f"wrapped.{visit.name}{'' if visit.form.is_plain else '.body'}", visit.channels, visit.downscale, 1,
+        "own", single=True) for visit in visits)
+    expected = _run(network, size)
+    forms: list[Form] = []
+    for visit in visits:
+        if visit.form not in forms:
+            forms.append(visit.form)
+        if not visit.form.is_plain:
+            original = network.get_submodule(f"wrapped.{visit.name}")
+            # One object for all forms that are alike: what an export traces once must differ in nothing but weights.
+            network.set_submodule(f"wrapped.{visit.name}", Border(original, forms[forms.index(visit.form)]))
+    got = _run(network, size)
+    if not got.is_meta and not torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
+        raise ValueError("the module computes something else once its slots can be filled: it looks at what its blocks "
+                         "are")
     return network
 
 
-def _probe_slots(network: FramedNetwork, names: Sequence[str], probe_px: int) -> tuple[SlotSpec, ...]:
-    """Slots in the order in which one pass calls them."""
+def _run(network: FramedNetwork, size: tuple[int, int], seed: int = 0) -> Tensor:
+    """What it makes of noise of this size; raises ValueError where it fails, or makes something of another size."""
+    image = probe_image(network.wrapped, network.in_channels, size, seed)
+    with evaluating(network), naming_failures(f"the module fails on an image of {size[0]}×{size[1]}"):
+        output = network.restore(image)
+    wanted = tuple(side * network.upscale for side in size)
+    if output.shape[-2:] != wanted:
+        raise ValueError(f"with upscale {network.upscale} the module must return {wanted[0]}×{wanted[1]} pixels for "
+                         f"{size[0]}×{size[1]}, got {tuple(output.shape)}")
+    return output
+
+
+def _probe_slots(network: FramedNetwork, names: Sequence[str], size: tuple[int, int]) -> list[Visit]:
+    """The calls of these submodules in the order they are made; raises ValueError for one that can be no slot."""
     known = dict(network.wrapped.named_modules())
     unknown = [name for name in names if name not in known or not name]
     if unknown or not names:
         raise ValueError(f"slots {unknown or 'are empty'}: the module has {', '.join(filter(None, known))}")
-    image = _image_like(network.wrapped, (1, network.in_channels, probe_px, probe_px))
-    calls = _record_calls(network, image, {name: known[name] for name in names})
-    found = {name: [shapes for called, shapes in calls if called == name] for name in names}
-    for name, passes in found.items():
-        if len(passes) != 1:
-            raise ValueError(f"slot {name!r} is called {len(passes)} times in a pass; it must be called once")
-        given, returned = passes[0]
-        if given != returned or len(given) != 4 or given[2] != given[3] or probe_px % given[2]:
-            raise ValueError(f"slot {name!r} maps {given} to {returned}; it must keep a (B, C, H, W) shape, square for "
-                             f"a square image, whose sides divide {probe_px}")
-    return tuple(SlotSpec(name, f"wrapped.{name}", given[1], probe_px // given[2], 1, "own", single=True)
-                 for name, (given, _) in calls)
+    modules = {name: known[name] for name in names}
+    visits, again = (record_visits(functools.partial(_run, network, size, seed), modules, size) for seed in (0, 1))
+    for name in names:
+        found = [visit for visit in visits if visit.name == name]
+        if len(found) != 1:
+            raise ValueError(f"slot {name!r} is called {len(found)} times in a pass; it must be called once")
+        if found[0].reason:
+            raise ValueError(f"slot {name!r} {found[0].reason}; a slot keeps the shape of one map")
+    for one, other in zip(visits, again, strict=True):
+        if differ(one.beside, other.beside):
+            raise ValueError(f"slot {one.name!r} {READS_IMAGE}")
+    return visits
 
 
-def _image_like(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """A black image of the precision and on the device that the module computes in."""
-    floats = (m for m in (*module.parameters(), *module.buffers()) if m.is_floating_point())
-    like = next(floats, torch.zeros(0))
-    return torch.zeros(shape, dtype=like.dtype, device=like.device)
-
-
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def _record_calls(network: Network, image: Tensor, modules: dict[str, nn.Module]) -> list[tuple[str, Shapes]]:
-    """(name, shapes of input and output) of every call of these modules, in order; checks the network's output too."""
-    calls: list[tuple[str, Shapes]] = []
-
-    def record(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
-        def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-            given = inputs[0] if len(inputs) == 1 else None
-            calls.append((name, (tuple(given.shape) if isinstance(given, Tensor) else (),
-                                 tuple(output.shape) if isinstance(output, Tensor) else ())))
-        return hook
-
-    handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        with torch.no_grad():
-            output = network.eval().restore(image)
-    finally:
-        for module, training in modes:
-            module.training = training  # one by one: parts may differ, a frozen BatchNorm for instance
-        for handle in handles:
-            handle.remove()
-    side = image.shape[-1] * network.upscale
-    if output.shape[-2:] != (side, side):
-        raise ValueError(f"with upscale {network.upscale} the module must return {side}×{side} pixels for "
-                         f"{image.shape[-2]}×{image.shape[-1]}, got {tuple(output.shape)}")
-    return calls
+def _check_nested(visits: Sequence[Visit]) -> None:
+    for outer, inner in itertools.permutations(visits, 2):
+        if inner.name.startswith(f"{outer.name}.") and not outer.form.is_plain:
+            raise ValueError(f"slot {inner.name!r} lies in slot {outer.name!r}, which takes more than a map; name one "
+                             "of them")
