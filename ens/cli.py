@@ -18,7 +18,7 @@ import typer
 
 import ens
 from ens import options as given
-from ens import timings
+from ens import starting, timings
 from ens.console import (
     complain,
     make_table,
@@ -48,7 +48,7 @@ inspect = typer.Typer(no_args_is_help=True, help="Look inside a run.")
 app.add_typer(inspect, name="inspect")
 app.command()(timings.profile)
 app.command()(timings.bench)
-
+app.command()(starting.slots)
 
 
 def main() -> None:

@@ -53,6 +53,15 @@ def import_code(given: str) -> None:
         _imported[given] = _run(given, lambda: importlib.import_module(given))
 
 
+def name_code(given: str) -> str:
+    """`my_network.py:build` as the name of a network, its file imported; other names as they are."""
+    file, colon, attribute = given.rpartition(":")
+    if not file.endswith(".py") or not colon:
+        return given
+    import_code(file)
+    return f"{Path(file).stem}:{attribute}"
+
+
 def _import_file(path: Path) -> ModuleType:
     name, known = path.stem, sys.modules.get(path.stem)
     if known is not None:

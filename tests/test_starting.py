@@ -1,0 +1,123 @@
+"""The road of a network that ens has never seen, from the command line alone: each verb in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from ens.data.images import Photo, read_photo, write_photo
+
+ROOT = Path(__file__).resolve().parents[1]
+MAPS = """
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.second(self.first(x).relu())
+
+class Net(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, dim, 2, stride=2), nn.ConvTranspose2d(dim, 3, 2, stride=2)
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(2))
+
+    def forward(self, image):
+        x = self.stem(image)
+        for block in self.blocks:
+            x = block(x)
+        return image + self.head(x)
+
+def build(dim=8):
+    return Net(dim)
+"""
+TOKENS = MAPS.replace("""        return x + self.second(self.first(x).relu())
+""", """        raise NotImplementedError
+""").replace("""        for block in self.blocks:
+            x = block(x)
+        return image + self.head(x)
+""", """        x_size = (x.shape[2], x.shape[3])
+        tokens = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            tokens = block(tokens, x_size)
+        return image + self.head(tokens.transpose(1, 2).unflatten(2, x_size))
+""").replace("class Net", """class TokenBlock(Block):
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.norm, self.mix = nn.LayerNorm(dim), nn.Linear(dim, dim)
+
+    def forward(self, x, x_size):
+        y = self.mix(self.norm(x)).transpose(1, 2).unflatten(2, x_size)
+        return x + self.second(self.first(y).relu()).flatten(2).transpose(1, 2)
+
+class Net""").replace("(Block(dim)", "(TokenBlock(dim)")
+STUDY = """
+task: {name: denoise, sigma_255: 25}
+teacher: raw.pth
+choices: [conv×1, identity×1]
+data: {train: "builtin:photos", validation: "builtin:photos", crop_px: 32, limit: 1}
+distill: {steps: 3, batch_size: 2, patch_px: 16}
+search: {engine: exhaustive, objectives: [psnr_drop_db, macs], budget: 9, batch_size: 9}
+finetune: {steps: 2, phases: [[0, 16, 2]], taught_weight: 0.5}
+"""
+
+
+def ens(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """`ens ARGUMENTS` in a process and a folder of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", "from ens.cli import main; main()", *arguments], cwd=folder,
+                          env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
+
+
+def save_raw_weights(folder: Path) -> None:
+    """Weights as the user's own training leaves them, of a network that changes its input a little."""
+    names: dict[str, type[nn.Module]] = {}
+    exec((folder / "my_network.py").read_text(encoding="utf-8"), names)
+    torch.manual_seed(0)
+    module = names["Net"](8)
+    for parameter in module.get_submodule("head").parameters():
+        nn.init.normal_(parameter, std=1e-3)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in module.state_dict().items()}, "epoch": 9},
+               folder / "raw.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [MAPS, TOKENS], ids=["maps", "tokens"])
+def test_a_network_nobody_knows_goes_the_whole_road(tmp_path: Path, code: str) -> None:
+    (tmp_path / "my_network.py").write_text(code, encoding="utf-8")
+    save_raw_weights(tmp_path)
+    imported = ("--import", "my_network.py")
+
+    listed = ens("slots", "my_network.py:build", "--set", "dim=8", "--size", "32", folder=tmp_path)
+    assert listed.returncode == 0, listed.stderr
+    proposed = yaml.safe_load(listed.stdout.partition("In a study:")[2])
+    assert proposed["network"] == {"name": "my_network:build", "dim": 8, "slots": ["blocks.0", "blocks.1"],
+                                   "size_multiple": 2}
+    (tmp_path / "study.yaml").write_text(STUDY + yaml.safe_dump(proposed), encoding="utf-8")
+
+    done = ens("run", "study.yaml", "--out", "run", *imported, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    front = ens("pareto", "run", *imported, folder=tmp_path)
+    assert front.returncode == 0 and "9 genotypes measured" in front.stdout, front.stderr
+    exported = ens("export", "run", "--pick", "1-2", *imported, folder=tmp_path)
+    assert exported.returncode == 0 and "Exported: run/export/1-2.onnx" in exported.stdout, exported.stderr
+    noise = np.random.default_rng(0).integers(0, 256, (35, 41, 3), dtype=np.uint8)
+    write_photo(tmp_path / "noisy.png", Photo(noise))
+    restored = ens("restore", "run/export/1-2.onnx", "noisy.png", "clean.png", folder=tmp_path)
+    assert restored.returncode == 0 and read_photo(tmp_path / "clean.png").pixels.shape == (35, 41, 3), restored.stderr
+
+    forgotten = ens("export", "run", "--pick", "2-2", folder=tmp_path)
+    assert forgotten.returncode == 1
+    assert forgotten.stderr == ("error: network 'my_network:build' is code outside ens: add --import my_network (or "
+                                "--import my_network.py, where it is a file)\n")
