@@ -50,6 +50,9 @@ app.command()(timings.profile)
 app.command()(timings.bench)
 app.command()(starting.slots)
 
+# Workers of one folder that start at the same moment: each looks the study over, one after the other.
+_JOIN_S = 60
+
 
 def main() -> None:
     """Entry point of the `ens` command: one sentence and an exit code for whatever goes wrong."""
@@ -78,11 +81,11 @@ def _load_study(name: str, changes: Sequence[str] | None, teacher: Path | None =
 
 
 def _start(study: str, out: Path, changes: Sequence[str] | None, *, teacher: Path | None = None, storage: str = "",
-           pick: str = "", restart: bool = False) -> RunFolder:
+           pick: str = "", restart: bool = False, wait_s: float = 0) -> RunFolder:
     from ens.run_folder import RunFolder
 
     return RunFolder.start(_load_study(study, changes, teacher), out, storage=storage, pick=pick, restart=restart,
-                           say=complain)
+                           wait_s=wait_s, say=complain)
 
 
 def _open(run: Path, changes: Sequence[str] | None = None, *, storage: str = "", restart: bool = False) -> RunFolder:
@@ -102,8 +105,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def run(study: given.Study, out: given.Out, pick: given.Pick = "knee", candidates: given.Candidates = None,
         teacher: given.Teacher = None, bounds: given.Bounds = None, require: given.Require = None,
-        storage: given.Storage = "", restart: given.Restart = False, changes: given.Set = None,
-        code: given.Import = None) -> None:
+        storage: given.Storage = "", jobs: given.Jobs = 1, deterministic: given.Deterministic = False,
+        restart: given.Restart = False, changes: given.Set = None, code: given.Import = None) -> None:
     """The whole road: train, distill, search, finetune, pareto, export; whatever of it is missing."""
     from ens import pipeline
 
@@ -111,7 +114,7 @@ def run(study: given.Study, out: given.Out, pick: given.Pick = "knee", candidate
         asked = [*_candidates(candidates), *given.bound_changes(bounds), *given.require_changes(require)]
         folder = _start(study, out, [*(changes or ()), *asked], teacher=teacher, storage=storage, pick=pick,
                         restart=restart)
-        model = pipeline.run_all(folder, control, pick=pick)
+        model = pipeline.run_all(folder, control, pick=pick, jobs=jobs, deterministic=deterministic)
     print_front(folder, folder.front())
     print_tuned(folder, [parse_genotype(model.stem, folder.archive.space)])
     say(f"\nPage:     {out / 'report.html'}\nExported: {model}\nUse it:   "
@@ -147,14 +150,15 @@ def distill(study: given.Study, out: given.Out, teacher: given.Teacher = None, r
 
 @app.command()
 def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, bounds: given.Bounds = None,
-           require: given.Require = None, storage: given.Storage = "", changes: given.Set = None,
-           code: given.Import = None) -> None:
-    """Measure genotypes until the budget of unique evaluations is spent."""
+           require: given.Require = None, storage: given.Storage = "", jobs: given.Jobs = 1,
+           deterministic: given.Deterministic = False, changes: given.Set = None, code: given.Import = None) -> None:
+    """Measure genotypes until the budget of unique evaluations is spent, with all who share the archive."""
     from ens import pipeline
 
     with reporting() as control:
         asked = [*(changes or ()), *given.bound_changes(bounds), *given.require_changes(require)]
-        measured = pipeline.search(_start(study, out, asked, teacher=teacher, storage=storage), control)
+        folder = _start(study, out, asked, teacher=teacher, storage=storage, wait_s=_JOIN_S)
+        measured = pipeline.search(folder, control, jobs=jobs, deterministic=deterministic)
     say(f"{len(measured)} genotypes are measured. Next: {given.spell('pareto', str(out))}")
 
 

@@ -23,7 +23,9 @@ Require = Annotated[Literal["edge"] | None, typer.Option("--require", help=(
     "edge: leave out every choice that is no single piece in ExecuTorch (XNNPACK) or a loop in ONNX."))]
 Task = Annotated[str, typer.Option(help="Task with its numbers: denoise_s25, derain, deblur, sr_x4, jpeg_q10.")]
 Within = Annotated[float | None, typer.Option(help="Name the cheapest member at most this many dB below the teacher.")]
-Storage = Annotated[str, typer.Option(help="Optuna storage URL of the archive instead of RUN/archive.db.")]
+Storage = Annotated[str, typer.Option(help=(
+    "URL of the archive instead of RUN/archive.db, for instance postgresql+psycopg://user@host/name; several machines "
+    "may search into it."))]
 Teacher = Annotated[Path | None, typer.Option(help="Checkpoint to use as the teacher.")]
 TaughtBy = Annotated[Path | None, typer.Option("--teacher", help="Checkpoint whose output is extra supervision.")]
 TaughtWeight = Annotated[float | None, typer.Option("--teacher-weight", min=0, max=1, help=(
@@ -49,6 +51,11 @@ Runtime = Annotated[str, typer.Option(help=(
     "Runtime of an exported file: ort, openvino, openvino-default, executorch or torch; the format's own by default."))]
 Restart = Annotated[bool, typer.Option("--restart", help=(
     "Drop the state of an unfinished training, where it is damaged or of another recipe, and begin it again."))]
+Jobs = Annotated[int, typer.Option(min=1, metavar="N", help=(
+    "Processes that measure on this machine; more may join with the same --storage. Asynchronous: which genotypes are "
+    "measured depends on who is faster."))]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help=(
+    "Work in batches (search.batch_size) that all wait for: one seed measures the same with any number of workers."))]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
     "Change one key of the study, for instance search.budget=40. May be given several times."))]
 

@@ -74,8 +74,13 @@ def profile(run: RunFolder, control: Control = QUIET, *, objective: str = "laten
             for index, size in enumerate(sizes or (run.study.latency.size,))]
 
 
-def search(run: RunFolder, control: Control = QUIET) -> list[Measurement]:
-    """Measure genotypes until the budget is spent; every one is in the archive at once. ValueError where all fail."""
+def search(run: RunFolder, control: Control = QUIET, *, jobs: int = 1, deterministic: bool = False
+           ) -> list[Measurement]:
+    """Measure genotypes until the budget is spent, in `jobs` processes and together with all others that share the
+    archive; every one is in it at once. ValueError where all fail.
+    """
+    from ens.workers import measure  # brings pymoo, half a second
+
     distill(run, control)
     if run.is_untimed:
         profile(run, control)
@@ -84,25 +89,9 @@ def search(run: RunFolder, control: Control = QUIET) -> list[Measurement]:
     if run.is_searched:
         control.say(f"search: skipped, {len(run.archive.known())} genotypes are measured")
     else:
-        _measure(run, control)
+        measure(run, control, jobs=jobs, deterministic=deterministic)
     check_any_valid(run.archive.measurements())
     return run.archive.measurements()
-
-
-def _measure(run: RunFolder, control: Control) -> None:
-    """The search itself, from where it was interrupted."""
-    from ens.search import create_engine
-    from ens.search.loop import run_search
-
-    settings = run.study.search
-    with run.recording() as archive:
-        done = archive.known()
-        for line in filter(None, (run.validation.origin, run.baseline.left_out, done and f"goes on after {len(done)}")):
-            control.say(f"search: {line}")
-        run_search(
-            engine=create_engine(settings.engine, run.bounded, seed=run.study.seed), objectives=settings.objectives,
-            known=done, evaluate=run.evaluator.evaluate, record=archive.record, budget=run.budget,
-            batch_size=settings.batch_size, progress=lambda done, total: control.step("search", done, total))
 
 
 def pareto(run: RunFolder, control: Control = QUIET, *, objectives: tuple[str, ...] = ()) -> Front:
@@ -179,9 +168,10 @@ def export(run: RunFolder, pick: str = "knee", control: Control = QUIET, *, form
     return paths + write_companions(run, genotype, hybrid, companions, facts=facts, say=control.say)
 
 
-def run_all(run: RunFolder, control: Control = QUIET, *, pick: str = "knee") -> Path:
+def run_all(run: RunFolder, control: Control = QUIET, *, pick: str = "knee", jobs: int = 1,
+            deterministic: bool = False) -> Path:
     """Whatever is still missing, in order: train, distill, search, finetune, pareto, export; returns the ONNX file."""
-    search(run, control)
+    search(run, control, jobs=jobs, deterministic=deterministic)
     genotype = finetune(run, pick, control)
     if run.is_drawn:
         control.say(f"pareto: skipped, {run.path / 'report.html'} shows this archive")

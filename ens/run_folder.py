@@ -67,13 +67,13 @@ class RunFolder(OpenedStudy):
 
     @classmethod
     def start(cls, study: StudyConfig, path: Path, *, storage: str = "", pick: str = "", restart: bool = False,
-              say: Callable[[str], None] = QUIET.say) -> Self:
+              wait_s: float = 0, say: Callable[[str], None] = QUIET.say) -> Self:
         """Take a folder for a study, or go on where it ran before; everything the study names is checked first, and
         the `pick` that is to be fine-tuned in the end. A mistake leaves the folder as it was.
 
         Raises ConfigError, with the differences, where another study ran there: only the budget, the device, threads,
         report images and fine-tuning may change once something was made. Raises ArchiveLocked where another process
-        writes to the folder.
+        writes to the folder, after `wait_s`.
         """
         run, file = cls(path, study, storage=storage, restart=restart, say=say), path / RUN_FILE
         Storage(run.storage).check()
@@ -82,7 +82,7 @@ class RunFolder(OpenedStudy):
             run.check(tuned=bool(pick))
         if pick:
             check_pick(pick, run.space)
-        run.hold()
+        run.hold(wait_s)
         write_atomic(file, dump_study(study).encode())
         return run
 
@@ -98,16 +98,22 @@ class RunFolder(OpenedStudy):
             check_same_run(load_study(path / RUN_FILE), study, path)
         return cls(path, study, storage=storage, restart=restart)
 
-    def hold(self) -> None:
-        """Keep other processes from writing to this folder until this one ends, and sweep up what killed ones left;
-        raises ArchiveLocked.
+    def hold(self, wait_s: float = 0) -> None:
+        """Keep other processes from writing to this folder until `release` or the end of this one, and sweep up what
+        killed ones left; raises ArchiveLocked where another has it for longer than `wait_s`.
         """
         if os.environ.get("RANK", "0") != "0" or self.path.resolve() in _held:
             return
-        _held[self.path.resolve()] = acquire_lock(self.path / "run")
+        _held[self.path.resolve()] = acquire_lock(self.path / "run", wait_s=wait_s, on_wait=lambda holder: self.say(
+            f"waits for {holder}, which writes to {self.path}") if wait_s else None)
         sweep(self.path)
         for state in self._states() if self.restart else ():
             remove_state(state)
+
+    def release(self) -> None:
+        """Let other processes write to this folder: whoever only measures writes to the archive alone."""
+        if lock := _held.pop(self.path.resolve(), None):
+            lock.release()
 
     def _states(self) -> list[Path]:
         """States of unfinished trainings."""

@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.process
 import os
 import signal
+import socket
 import sqlite3
 import sys
 import time
@@ -20,6 +21,7 @@ import optuna
 import pytest
 import sqlalchemy
 
+from ens.pareto import storage
 from ens.pareto.archive import (
     Archive,
     mark_invalid,
@@ -106,14 +108,15 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) ->
     opened(path).close()
 
 
-def test_a_second_writer_is_told_who_holds_it(tmp_path: Path) -> None:
+def test_whoever_opens_it_at_the_same_moment_waits_and_is_told_for_whom(tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "archive.db"
-    with opened(path):
-        with pytest.raises(ArchiveLocked, match=f"process {os.getpid()} on "):
-            opened(path)
-        with pytest.raises(ArchiveLocked):
-            opened(f"sqlite:///{path}")
-    opened(path).close()
+    monkeypatch.setattr(storage, "_OPENING_S", 0.1)
+    with Storage(path).alone(), pytest.raises(ArchiveLocked, match=f"process {os.getpid()} on "):
+        opened(path)
+    with opened(path) as first, opened(f"sqlite:///{path}") as second:
+        assert first.record(GOOD) == [GOOD] and repr(second.record(BAD)) == repr([GOOD, BAD])
+        assert repr(first.look()) == repr([BAD]) and second.look() == []
 
 
 def test_a_failed_opening_leaves_no_lock(tmp_path: Path) -> None:
@@ -170,7 +173,8 @@ def test_recording_writes_the_rows_that_optuna_itself_would(tmp_path: Path) -> N
     study = optuna.create_study(study_name="ens", storage=f"sqlite:///{tmp_path}/theirs.db",
                                 directions=["minimize", "minimize"])
     for measurement in (BAD, GOOD):
-        study.add_trial(to_trial(measurement, slots=archive.slots, objectives=NAMES, engine="random"))
+        study.add_trial(to_trial(measurement, slots=archive.slots, objectives=NAMES, engine="random",
+                                 worker=f"{socket.gethostname()}:{os.getpid()}"))
     assert rows_of(tmp_path / "ours.db") == rows_of(tmp_path / "theirs.db")
     (first, second) = optuna.load_study(study_name="ens", storage=f"sqlite:///{tmp_path}/ours.db").trials
     now = datetime.datetime.now()

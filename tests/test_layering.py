@@ -11,13 +11,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "ens"
 ORDER = ("space", "objectives", "atomic", "shortage", "ops", "blocks", "networks", "data", "distill", "evaluate",
          "search", "pareto", "export", "runtime", "yaml_values", "config", "opened_study", "run_folder", "companions",
-         "pipeline", "console", "options", "timings", "starting", "cli")
+         "workers", "pipeline", "console", "options", "timings", "starting", "cli")
 ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage": set(), "ops": {"ops"},
            "data": {"data", "atomic"}, "search": {"search", "space", "objectives", "atomic"},
            "pareto": {"pareto", "space", "objectives", "atomic", "shortage"}}
 PRINT = {"cli", "console"}
 TOUCH_FILES = {"atomic", "networks.checkpoints", "networks.weight_files", "data.decoding", "data.images", "data.sizes",
-               "distill.library", "pareto.archive", "pareto.storage", "pareto.report", "export.hybrid",
+               "distill.library", "pareto.archive", "pareto.claims", "pareto.storage", "pareto.report", "export.hybrid",
                "export.bundle", "export.bundle_runner", "export.card", "export.edge", "export.executorch",
                "export.formats", "export.int8", "export.onnx", "export.openvino", "export.torch_export",
                "evaluate.latency", "runtime.profiling", "runtime.runner", "runtime.session", "yaml_values", "config",

@@ -28,6 +28,7 @@ ENTRY_POINTS = "ens.networks"
 """Group in which an installed package may offer functions that return a network."""
 _FRAME = tuple(inspect.signature(frame_network).parameters)[1:]
 _imported: dict[str, ModuleType | Callable[..., object]] = {}
+_given: list[str] = []
 Result = TypeVar("Result")
 
 
@@ -51,6 +52,12 @@ def import_code(given: str) -> None:
     else:
         _add_to_path(Path.cwd())
         _imported[given] = _run(given, lambda: importlib.import_module(given))
+    _given.append(str(path.resolve()) if path.suffix == ".py" else given)
+
+
+def list_imports() -> list[str]:
+    """What `import_code` was given so far: another process that is to have it all is given the same."""
+    return list(_given)
 
 
 def name_code(given: str) -> str:

@@ -1,8 +1,9 @@
 """Every measurement ever made, as an Optuna study: a SQLite file by default, or any Optuna storage URL.
 
 One trial a measurement: parameters = slot name -> choice label, values = objectives, state FAIL where the measurement
-is invalid. optuna-dashboard opens the file as it is. A search resumes by replaying `measurements()`. What is learnt
-later (fine-tuned results, hybrids that cannot be exported) and the baseline are attributes of the study.
+is invalid, from when it was claimed to when it was recorded. optuna-dashboard opens the file as it is. A search resumes
+by replaying `measurements()`; any number of processes may search together (`Archive.claim`). What is learnt later
+(fine-tuned results, hybrids that cannot be exported) and the baseline are attributes of the study.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import optuna
 import sqlalchemy
-from filelock import FileLock
+from sqlalchemy import Connection
 
 from ens.pareto.baseline import REPORT_KEYS, Baseline, Tuned
+from ens.pareto.claims import Claims
 from ens.pareto.records import (
     check_manifest,
     from_baseline,
@@ -50,26 +53,26 @@ _UNUSABLE, _TUNED = "ens:unusable:", "ens:tuned:"
 class Archive:
     """Measurements of one run in the order of recording; made by open_archive (writing) or read_archive.
 
-    It shows what was there when it was opened and what it recorded itself. `marked` are the genotypes that
-    `mark_invalid` took off the front, with the reason.
+    It shows what was there when it was opened; `look`, `claim` and `record` bring what others have recorded since.
+    `marked` are the genotypes that `mark_invalid` took off the front, with the reason; `pending` what other workers
+    have claimed, `workers` how many are at work, this one included, as of the last of those calls.
     """
 
-    def __init__(self, attributes: Mapping[str, Any], trials: Trials, *, lock: FileLock | None,
-                 writable: bool) -> None:
+    def __init__(self, attributes: Mapping[str, Any], trials: Trials, *, writable: bool) -> None:
         self.manifest: dict[str, Any] = attributes[_MANIFEST]
         self.baseline = from_baseline(attributes[_BASELINE]) if _BASELINE in attributes else None
         self._trials = trials
-        self._lock = lock
+        self._claims = Claims(trials)
         self._writable = writable
+        self._last_id = -1
+        self._new: list[Measurement] = []
+        self.pending: list[Genotype] = []
+        self.workers = 1
         self._tuned = read_tuned({key.removeprefix(_TUNED): stored for key, stored in attributes.items()
                                    if key.startswith(_TUNED)})
+        self._space = read_space(self.manifest)
         self._known: dict[Genotype, Measurement] = {}
-        space = self.space
-        for state, stored in trials.read():
-            # Two machines that share a database may both have measured a genotype: the first trial counts.
-            if "genotype" in stored:
-                measurement = from_stored(state, stored, space=space, objectives=self.objectives)
-                self._known.setdefault(measurement.genotype, measurement)
+        trials.look(self._read_new)
         for genotype, results in self._tuned.items():
             if genotype in self._known:
                 self._known[genotype] = dataclasses.replace(self._known[genotype], psnr_db_tuned=results[0].psnr_db)
@@ -77,6 +80,19 @@ class Archive:
                        if key.startswith(_UNUSABLE) and reason}
         for genotype in self.marked.keys() & self._known.keys():
             self._known[genotype] = dataclasses.replace(self._known[genotype], valid=False, note=self.marked[genotype])
+        self._new = list(self._known.values())
+
+    def _read_new(self, connection: Connection) -> None:
+        for trial_id, state, stored in self._trials.read(connection, after=self._last_id):
+            self._last_id = trial_id
+            if "genotype" in stored:
+                self._add(from_stored(state, stored, space=self._space, objectives=self.objectives))
+
+    def _add(self, measurement: Measurement) -> None:
+        # Archives of version 0.1 on a server may hold a genotype twice: the first trial counts.
+        if measurement.genotype not in self._known:
+            self._known[measurement.genotype] = measurement
+            self._new.append(measurement)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -90,7 +106,7 @@ class Archive:
     @property
     def space(self) -> SearchSpace:
         """The space that was searched, with its prices; no network is needed."""
-        return read_space(self.manifest)
+        return self._space
 
     @property
     def tuned(self) -> dict[Genotype, Tuned]:
@@ -126,31 +142,82 @@ class Archive:
         if found := _differences({key: self.manifest.get(key) for key in expected}, expected):
             raise ArchiveMismatch(f"the archive was recorded with another configuration: {'; '.join(found)}")
 
-    def record(self, measurement: Measurement) -> None:
-        """Store a measurement; it is on disk when this returns.
+    def look(self) -> list[Measurement]:
+        """Bring up to date; returns what became known since the last `look` or `record`, all there is at first."""
+        def read(connection: Connection) -> None:
+            self._read_new(connection)
+            self._read_claims(connection)
 
-        Raises ValueError for a genotype that was recorded before or a valid measurement without finite objectives,
-        RuntimeError on an archive opened for reading, OSError when the disk is full or read-only.
+        self._trials.look(read)
+        return self._list_new()
+
+    def claim(self, wanted: Sequence[Genotype], *, budget: int) -> list[Genotype]:
+        """Those of `wanted` that this worker is to measure now, and nobody else: what is recorded or claimed by others
+        is left out, and what would bring both beyond `budget`. Claims end when they are recorded, or with this worker.
         """
-        if not self._writable:
-            raise RuntimeError("the archive was opened for reading; open it with open_archive to record")
+        self._check_writable()
+
+        def claim(connection: Connection) -> list[Genotype]:
+            self._read_new(connection)
+            own = self._read_claims(connection) - set(wanted)
+            taken = {*self._known, *self.pending}
+            free = [genotype for genotype in wanted if genotype not in taken]
+            free = free[:max(0, budget - len(self._known) - len(self.pending) - len(own))]
+            self._claims.add(connection, free)
+            return free
+
+        return self._trials.change(claim)
+
+    def record(self, measurement: Measurement) -> list[Measurement]:
+        """Store a measurement; it is on disk when this returns. Returns what `look` would.
+
+        A worker that was taken for dead may find the genotype recorded by another: then that counts. Raises ValueError
+        for a genotype that was known before or a valid measurement without finite objectives, RuntimeError on an
+        archive opened for reading, OSError when the disk is full or read-only.
+        """
+        self._check_writable()
+        name = format_genotype(measurement.genotype)
         if measurement.genotype in self._known:
-            raise ValueError(f"genotype {format_genotype(measurement.genotype)} was recorded before")
+            raise ValueError(f"genotype {name} was recorded before")
         trial = to_trial(measurement, slots=self.slots, objectives=self.objectives,
-                          engine=str(self.manifest.get("engine", "")))
+                         engine=str(self.manifest.get("engine", "")), worker=self._claims.name)
+
+        def record(connection: Connection) -> int | None:
+            self._read_new(connection)
+            started_s = self._claims.remove(connection, name)
+            if measurement.genotype in self._known:
+                return None
+            return self._trials.insert(connection, trial, started_s=started_s)
+
         try:
-            self._trials.insert(trial)
+            trial_id = self._trials.change(record)
         except sqlalchemy.exc.SQLAlchemyError as error:
-            raise OSError(f"measurement {format_genotype(measurement.genotype)} could not be stored: "
-                          f"{reason_of(error)}") from error
-        self._known[measurement.genotype] = measurement
+            raise OSError(f"measurement {name} could not be stored: {reason_of(error)}") from error
+        if trial_id is not None:
+            self._last_id = trial_id
+            self._add(measurement)
+        return self._list_new()
 
     def close(self) -> None:
-        """Let the next writer in; also done by leaving a `with` block."""
+        """Give claims and connections back; also done by leaving a `with` block."""
         self._writable = False
+        with suppress(sqlalchemy.exc.SQLAlchemyError):  # then the lease ends by itself
+            self._claims.end()
         self._trials.close()
-        if self._lock is not None:
-            self._lock.release()
+
+    def _check_writable(self) -> None:
+        if not self._writable:
+            raise RuntimeError("the archive was opened for reading; open it with open_archive to record")
+
+    def _read_claims(self, connection: Connection) -> set[Genotype]:
+        """Bring `pending` and `workers` up to date; returns what this worker has claimed."""
+        own, others, self.workers = self._claims.list_live(connection)
+        self.pending = list(map(read_genotype, others))
+        return set(map(read_genotype, own))
+
+    def _list_new(self) -> list[Measurement]:
+        new, self._new = self._new, []
+        return new
 
     def __enter__(self) -> Archive:
         return self
@@ -166,14 +233,13 @@ def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequenc
 
     `storage` is a file path or an Optuna storage URL, `name` the study in it. `manifest` holds, as JSON values, what
     else must be the same when a run is resumed (seed, engine, protocol, hashes); objectives and space are added here.
-    `baseline` is kept as it is given first and not compared: its floats differ between numbers of threads. A database
-    server takes any number of writers. Raises ArchiveMismatch naming the differences, ArchiveLocked naming the process
-    that writes to the same SQLite file, ArchiveDamaged for a file that is no archive.
+    `baseline` is kept as it is given first and not compared: its floats differ between numbers of threads. Any number
+    of processes may have it open. Raises ArchiveMismatch naming the differences, ArchiveDamaged for a file that is no
+    archive, ArchiveLocked where another process does not stop writing to it.
     """
     stored = json.loads(json.dumps({**manifest, "objectives": list(objectives), **space_manifest(space)}))
     place = Storage(storage)
-    lock = place.lock()
-    try:
+    with place.alone():
         study, trials = place.create_study(name, len(objectives))
         found = study.user_attrs.get(_MANIFEST)
         if found is None:
@@ -189,11 +255,7 @@ def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequenc
         if baseline is not None and _BASELINE not in study.user_attrs:
             study.set_user_attr(_BASELINE, to_baseline(baseline))
         with place.opening():
-            return Archive(study.user_attrs, trials, lock=lock, writable=True)
-    except BaseException:
-        if lock is not None:
-            lock.release()
-        raise
+            return Archive(study.user_attrs, trials, writable=True)
 
 
 def read_archive(storage: str | Path, *, name: str = "ens") -> Archive:
@@ -206,7 +268,7 @@ def read_archive(storage: str | Path, *, name: str = "ens") -> Archive:
     with place.opening():
         study, trials = _load_recorded(place, name)
         try:
-            return Archive(study.user_attrs, trials, lock=None, writable=False)
+            return Archive(study.user_attrs, trials, writable=False)
         finally:
             trials.close()
 

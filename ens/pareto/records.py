@@ -93,7 +93,7 @@ def read_space(manifest: Mapping[str, Any]) -> SearchSpace:
 
 
 def to_trial(measurement: Measurement, *, slots: Mapping[str, Sequence[str]], objectives: Sequence[str],
-              engine: str) -> FrozenTrial:
+              engine: str, worker: str) -> FrozenTrial:
     """One finished trial of an Optuna study; raises ValueError for what an archive does not take."""
     if len(measurement.genotype) != len(slots):
         raise ValueError(f"a genotype of this archive has {len(slots)} entries, got {len(measurement.genotype)}")
@@ -107,8 +107,8 @@ def to_trial(measurement: Measurement, *, slots: Mapping[str, Sequence[str]], ob
     return optuna.create_trial(
         state=TrialState.COMPLETE if measurement.valid else TrialState.FAIL,
         values=values if measurement.valid else None, params=labels, distributions=distributions,
-        user_attrs={"genotype": format_genotype(measurement.genotype), "engine": engine, "note": measurement.note,
-                    "psnr_db": to_json(measurement.psnr_db),
+        user_attrs={"genotype": format_genotype(measurement.genotype), "engine": engine, "worker": worker,
+                    "note": measurement.note, "psnr_db": to_json(measurement.psnr_db),
                     "values": dict(zip(measurement.values, to_json(measurement.values.values()), strict=True))})
 
 

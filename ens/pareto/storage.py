@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -13,11 +13,14 @@ import optuna
 import sqlalchemy
 from filelock import FileLock, Timeout
 
-from ens.pareto.trials import Trials
+from ens.pareto.claims import create_tables
+from ens.pareto.trials import Trials, connect_engine
 from ens.shortage import is_shortage
 
 # SQLite's MAX_PATHNAME on Unix is 512 with the closing zero; its journal's name is 8 longer than the file's.
 _LONGEST_PATH = 503
+# Making the tables takes a second; hundreds of workers that start together wait for one another.
+_OPENING_S = 120
 
 # What a study is read from; Optuna makes more.
 _TABLES = {"studies", "study_user_attributes", "study_directions", "trials", "trial_user_attributes", "trial_params",
@@ -59,9 +62,23 @@ class Storage:
         except ModuleNotFoundError as error:
             raise ValueError(f"storage {self} needs the Python package {error.name}, which is not installed") from None
 
-    def lock(self) -> FileLock | None:
-        """Keep other processes from writing to the file; None for a server, which takes any number of writers."""
-        return None if self.path is None else acquire_lock(self.path)
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process at a time: workers that start together make the tables and the study once. Of servers only
+        PostgreSQL sees to that; in another, start the first worker before the others.
+        """
+        if self.path is not None:
+            with acquire_lock(self.path, wait_s=_OPENING_S):
+                yield
+        elif sqlalchemy.make_url(self.url).get_backend_name() == "postgresql":
+            engine = connect_engine(self.url)
+            with self.opening():
+                connection = engine.connect()
+            with connection:
+                connection.execute(sqlalchemy.text("select pg_advisory_lock(hashtext('ens'))"))
+                yield
+        else:
+            yield
 
     def has_tables(self) -> bool:
         """Whether it has the tables of an Optuna study; nothing is written. False for a file that is absent or empty,
@@ -83,9 +100,16 @@ class Storage:
         """The study of that name, a new one where there is none."""
         with self.opening():
             self.has_tables()  # raises for a database of something else, before Optuna adds its tables to it
-            study = optuna.create_study(study_name=name, storage=self.url, load_if_exists=True,
+            storage = self._connect_optuna()
+            study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True,
                                         directions=["minimize"] * num_objectives)
+            create_tables(storage.engine)
             return study, Trials(self.url, name=name)
+
+    def _connect_optuna(self, *, check: bool = True) -> optuna.storages.RDBStorage:
+        """Optuna's storage, whose connections are closed after use."""
+        return optuna.storages.RDBStorage(self.url, engine_kwargs={"poolclass": sqlalchemy.NullPool},
+                                          skip_compatibility_check=not check)
 
     def load_study(self, name: str) -> tuple[optuna.Study, Trials]:
         """The study of that name; raises FileNotFoundError where there is no file or study."""
@@ -95,8 +119,8 @@ class Storage:
             raise FileNotFoundError(f"{self} is empty: nothing was recorded in it yet; `ens search` goes on with it")
         try:
             # Optuna's check of its schema brings alembic, a quarter of a second; whoever opens to write has it.
-            reading = optuna.storages.RDBStorage(self.url, skip_compatibility_check=True)
-            return optuna.load_study(study_name=name, storage=reading), Trials(self.url, name=name)
+            study = optuna.load_study(study_name=name, storage=self._connect_optuna(check=False))
+            return study, Trials(self.url, name=name)
         except KeyError:
             raise FileNotFoundError(f"{self} holds no study named {name!r}") from None
 
@@ -135,18 +159,26 @@ def _locate(place: str | Path) -> tuple[Path | None, str]:
     return path, sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
-def acquire_lock(path: Path) -> FileLock:
+def acquire_lock(path: Path, *, wait_s: float = 0, on_wait: Callable[[str], None] = lambda holder: None) -> FileLock:
     """Lock beside a file or folder, held until released or death of the process; its text says who holds it.
 
-    Raises ArchiveLocked, naming the holder, where another process has it.
+    `on_wait` hears who that is where it is waited for. Raises ArchiveLocked, naming the holder, after `wait_s`.
     """
     lock_path = path.with_name(path.name + ".lock")
     lock_path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_path, timeout=0)
+
+    def read_holder() -> str:
+        return lock_path.read_text(encoding="utf-8").strip() or "another process"
+
     try:
-        lock.acquire()
+        try:
+            lock.acquire()
+        except Timeout:
+            on_wait(read_holder())
+            lock.acquire(timeout=wait_s)
     except Timeout:
-        holder = lock_path.read_text(encoding="utf-8").strip() or "another process"
+        holder = read_holder()
         raise ArchiveLocked(f"{path} is being written by {holder}; wait for it or stop it") from None
     lock_path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
     return lock

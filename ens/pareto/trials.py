@@ -1,4 +1,4 @@
-"""Trials of an Optuna study as rows of its database, in constant time each.
+"""Trials of an Optuna study as rows of its database, in constant time each, and who measures the next ones.
 
 `study.add_trial` and `study.trials` send a query for every parameter and attribute of every trial, and count all
 trials to number one. The tables are Optuna's file format; Optuna checks their version when it opens the study.
@@ -9,13 +9,17 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Iterator
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import sqlalchemy
 from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Column, DateTime, Enum, Float, Integer, String, Table
+from sqlalchemy import Column, Connection, DateTime, Enum, Float, Integer, String, Table
+
+from ens.shortage import is_disk_error
 
 _META = sqlalchemy.MetaData()
 _STUDIES = Table("studies", _META, Column("study_id", Integer, primary_key=True), Column("study_name", String))
@@ -30,53 +34,106 @@ _VALUES = Table("trial_values", _META, Column("trial_value_id", Integer, primary
 _ATTRS = Table("trial_user_attributes", _META, Column("trial_user_attribute_id", Integer, primary_key=True),
                Column("trial_id", Integer), Column("key", String), Column("value_json", String))
 
+# A file that others write to is waited for so long; a server that does not answer is asked again after these seconds.
+_FILE_WAIT_S = 60
+_SERVER_WAITS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_T = TypeVar("_T")
+
+
+def connect_engine(url: str) -> sqlalchemy.Engine:
+    """SQLAlchemy's engine of a database: connections to a server are closed after use, so that hundreds of workers
+    stay within what it allows.
+    """
+    if sqlalchemy.make_url(url).get_backend_name() == "sqlite":
+        return sqlalchemy.create_engine(url, pool_size=1, max_overflow=0, connect_args={"timeout": _FILE_WAIT_S})
+    return sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+
 
 class Trials:
-    """The trials of one study in the database at `url`; errors are SQLAlchemy's."""
+    """The trials of one study in the database at `url`; errors are SQLAlchemy's. Threads may share it."""
 
     def __init__(self, url: str, *, name: str) -> None:
-        self._engine = sqlalchemy.create_engine(url)
+        self._engine = connect_engine(url)
+        self._one_by_one = threading.Lock()
         with self._engine.connect() as connection:
-            self._study_id: int = connection.execute(
+            self.study_id: int = connection.execute(
                 sqlalchemy.select(_STUDIES.c.study_id).where(_STUDIES.c.study_name == name)).scalar_one()
 
-    def __len__(self) -> int:
-        count = sqlalchemy.select(sqlalchemy.func.count()).where(_TRIALS.c.study_id == self._study_id)
-        with self._engine.connect() as connection:
-            return int(connection.execute(count).scalar_one())
+    @property
+    def is_file(self) -> bool:
+        """Whether the database is a file, and every worker on this machine."""
+        return self._engine.dialect.name == "sqlite"
 
-    def read(self) -> Iterator[tuple[TrialState, dict[str, Any]]]:
-        """State and user attributes of every trial, in the order of recording."""
+    def look(self, work: Callable[[Connection], _T]) -> _T:
+        """`work`, which only reads, in a transaction. It is done again, from its beginning, where a server is gone for
+        a moment or has no connection free.
+        """
+        for wait_s in (*_SERVER_WAITS_S, None):
+            try:
+                with self._one_by_one, self._engine.begin() as connection:
+                    return work(connection)
+            except sqlalchemy.exc.OperationalError as error:
+                if wait_s is None or self.is_file or is_disk_error(error):
+                    raise
+                time.sleep(wait_s)
+        raise AssertionError("the last try returns or raises")
+
+    def change(self, work: Callable[[Connection], _T]) -> _T:
+        """`look` for what writes: no other worker's transaction overlaps, and all is on disk when this returns."""
+        def locked(connection: Connection) -> _T:
+            # Changes nothing, and locks: the row of the study on a server, the file in SQLite, where a transaction
+            # that begins with reading could not go on to write.
+            connection.execute(_STUDIES.update().values(study_name=_STUDIES.c.study_name)
+                               .where(_STUDIES.c.study_id == self.study_id))
+            return work(connection)
+        return self.look(locked)
+
+    def __len__(self) -> int:
+        count = sqlalchemy.select(sqlalchemy.func.count()).where(_TRIALS.c.study_id == self.study_id)
+        return self.look(lambda connection: int(connection.execute(count).scalar_one()))
+
+    def read(self, connection: Connection, *, after: int = -1) -> Iterator[tuple[int, TrialState, dict[str, Any]]]:
+        """Id, state and user attributes of every trial with a larger id than `after`, in the order of recording."""
         query = (sqlalchemy.select(_TRIALS.c.trial_id, _TRIALS.c.state, _ATTRS.c.key, _ATTRS.c.value_json)
-                 .join(_ATTRS, _ATTRS.c.trial_id == _TRIALS.c.trial_id)
-                 .where(_TRIALS.c.study_id == self._study_id).order_by(_TRIALS.c.trial_id))
-        found: dict[int, tuple[TrialState, dict[str, Any]]] = {}
-        with self._engine.connect() as connection:
-            for trial_id, state, key, value in connection.execute(query):
-                found.setdefault(trial_id, (state, {}))[1][key] = json.loads(value)
+                 .outerjoin(_ATTRS, _ATTRS.c.trial_id == _TRIALS.c.trial_id)
+                 .where(_TRIALS.c.study_id == self.study_id, _TRIALS.c.trial_id > after).order_by(_TRIALS.c.trial_id))
+        found: dict[int, tuple[int, TrialState, dict[str, Any]]] = {}
+        for trial_id, state, key, value in connection.execute(query):
+            attributes = found.setdefault(trial_id, (trial_id, state, {}))[2]
+            if key is not None:
+                attributes[key] = json.loads(value)
         yield from found.values()
 
-    def insert(self, trial: FrozenTrial) -> None:
-        """Append a finished trial with finite values; it is on disk when this returns."""
+    def insert(self, connection: Connection, trial: FrozenTrial, *, started_s: float | None = None) -> int:
+        """Append a finished trial with finite values that began at `started_s` of `read_clock`, now unless given;
+        returns its id.
+        """
         assert trial.state.is_finished() and all(map(math.isfinite, trial.values or ()))
-        now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
-        with self._engine.begin() as connection:
-            # A server has several writers: the lock keeps two of them from taking the same number. SQLite ignores it.
-            connection.execute(sqlalchemy.select(_STUDIES.c.study_id).where(_STUDIES.c.study_id == self._study_id)
-                               .with_for_update())
-            last = connection.execute(sqlalchemy.select(_TRIALS.c.number).where(_TRIALS.c.study_id == self._study_id)
-                                      .order_by(_TRIALS.c.trial_id.desc()).limit(1)).scalar()
-            key = connection.execute(_TRIALS.insert().values(
-                number=0 if last is None else last + 1, study_id=self._study_id, state=trial.state,
-                datetime_start=now, datetime_complete=now)).inserted_primary_key
-            assert key is not None
-            for table, rows in _rows(trial):
-                if rows:
-                    connection.execute(table.insert(), [{"trial_id": key[0], **row} for row in rows])
+        ended_s = read_clock(connection)
+        start, end = (datetime.datetime.fromtimestamp(seconds, datetime.UTC).replace(tzinfo=None)
+                      for seconds in (ended_s if started_s is None else started_s, ended_s))
+        last = connection.execute(sqlalchemy.select(_TRIALS.c.number).where(_TRIALS.c.study_id == self.study_id)
+                                  .order_by(_TRIALS.c.trial_id.desc()).limit(1)).scalar()
+        key = connection.execute(_TRIALS.insert().values(
+            number=0 if last is None else last + 1, study_id=self.study_id, state=trial.state,
+            datetime_start=start, datetime_complete=end)).inserted_primary_key
+        assert key is not None
+        for table, rows in _rows(trial):
+            if rows:
+                connection.execute(table.insert(), [{"trial_id": key[0], **row} for row in rows])
+        return int(key[0])
 
     def close(self) -> None:
         """Give all connections back."""
         self._engine.dispose()
+
+
+def read_clock(connection: Connection) -> float:
+    """Seconds since 1970 by the clock that all workers share: the server's, or this machine's for a file."""
+    if connection.dialect.name == "sqlite":
+        return time.time()
+    now: datetime.datetime = connection.execute(sqlalchemy.select(sqlalchemy.func.current_timestamp())).scalar_one()
+    return (now if now.tzinfo else now.replace(tzinfo=datetime.UTC)).timestamp()
 
 
 def _rows(trial: FrozenTrial) -> list[tuple[Table, list[dict[str, Any]]]]:

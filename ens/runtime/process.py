@@ -53,9 +53,9 @@ class Control:
     say: Callable[[str], None] = lambda line: None
     should_stop: Callable[[], bool] = lambda: False
 
-    def step(self, verb: str, done: int, total: int) -> None:
+    def step(self, verb: str, done: int, total: int, note: str = "genotypes") -> None:
         """Report a genotype that was measured; raises Interrupted where the user asked to stop."""
-        self.progress(verb, done, total, "genotypes")
+        self.progress(verb, done, total, note)
         if self.should_stop() and done < total:
             raise Interrupted(verb)
 

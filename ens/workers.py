@@ -1,0 +1,140 @@
+"""Evaluation by several processes: workers that share an archive, each with an evaluator of its own.
+
+A worker needs the path of a run folder and where its archive is, nothing else. `--jobs N` starts N on this machine;
+`ens search` with the same `--storage` on any other machine is one more.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import torch
+
+from ens.networks.own import import_code, list_imports
+from ens.pareto.archive import Archive
+from ens.run_folder import RunFolder
+from ens.runtime.process import EXIT_FAILED, Control, Interrupted, keep_freed_memory
+from ens.search import create_engine
+from ens.search.loop import share_search
+from ens.space import Genotype, Measurement
+
+_LOOK_S = 0.5
+
+
+def measure(run: RunFolder, control: Control, *, jobs: int, deterministic: bool) -> None:
+    """Spend the budget, from where the archive is: in this process or in `jobs` others, beside whoever shares it.
+
+    Raises Interrupted where the user stopped it, what a job died of where the others could not go on without it.
+    """
+    threads = run.study.threads or (1 if deterministic else max(1, torch.get_num_threads() // jobs))
+    if jobs > 1 or deterministic:  # PSNRs differ in their last digits between numbers of threads
+        torch.set_num_threads(threads)
+    with run.recording() as archive:
+        done = len(archive.known())
+        for line in filter(None, (run.validation.origin, run.baseline.left_out, done and f"goes on after {done}")):
+            control.say(f"search: {line}")
+        if jobs > 1 and not deterministic:
+            control.say(f"search: {jobs} jobs, asynchronous: what is measured depends on who is faster; "
+                        "--deterministic makes one answer of one seed")
+        run.release()
+        if jobs > 1:
+            _run_jobs(run, archive, control, jobs, threads, deterministic)
+        else:
+            _work(run, archive, jobs=1, deterministic=deterministic, progress=lambda done, total: _report(
+                control, archive, done, total))
+
+
+def _work(run: RunFolder, archive: Archive, *, jobs: int, deterministic: bool,
+          progress: Callable[[int, int], None]) -> None:
+    """One worker of at least `jobs`: ask, claim, measure, record, until the budget is spent."""
+    settings = run.study.search
+
+    def evaluate(batch: list[Genotype]) -> Iterator[Measurement]:
+        return run.evaluator.evaluate(batch)
+
+    share_search(engine=create_engine(settings.engine, run.bounded, seed=run.study.seed),
+                 objectives=settings.objectives, board=archive, evaluate=evaluate, budget=run.budget,
+                 batch_size=settings.batch_size, workers=jobs, deterministic=deterministic, progress=progress)
+
+
+def _report(control: Control, archive: Archive, done: int, total: int) -> None:
+    """Say how many genotypes all workers together have measured; raises Interrupted."""
+    workers = f", {archive.workers} workers" if archive.workers > 1 else ""
+    control.step("search", done, total, f"genotypes{workers}")
+
+
+def _run_jobs(run: RunFolder, archive: Archive, control: Control, jobs: int, threads: int, deterministic: bool) -> None:
+    """Start the jobs and wait for them; those left go on without one that died, and measure what it had claimed."""
+    spawn = multiprocessing.get_context("spawn")
+    stop, failures, workers = spawn.Event(), list[str](), []
+    storage, budget = run.storage if isinstance(run.storage, str) else "", run.budget
+    for _ in range(jobs):
+        ours, theirs = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=_run_job, args=(
+            run.path, storage, list_imports(), jobs, threads, deterministic, stop, theirs))
+        process.start()
+        theirs.close()
+        workers.append((process, ours))
+    try:
+        while any(process.is_alive() for process, _ in workers):
+            time.sleep(_LOOK_S)
+            if archive.look():  # this process is no worker
+                control.progress("search", len(archive.known()), budget, f"genotypes, {archive.workers - 1} workers")
+            if control.should_stop():
+                stop.set()
+    finally:
+        for process, _ in workers:
+            process.terminate()
+            process.join()
+    for number, (process, ours) in enumerate(workers, 1):
+        if process.exitcode:
+            failures.append(_read_failure(ours, process.exitcode))
+            control.say(f"search: job {number} ended early: {failures[-1]}")
+    archive.look()
+    if stop.is_set() and len(archive.known()) < budget:
+        raise Interrupted("search")
+    if len(failures) == jobs:
+        raise RuntimeError(failures[0])
+
+
+def _read_failure(connection: Connection, exitcode: int | None) -> str:
+    """What a job that failed says of it; what was killed says nothing."""
+    try:
+        return str(connection.recv())
+    except EOFError:
+        return f"it was killed (exit code {exitcode})"
+
+
+def _run_job(path: Path, storage: str, imports: list[str], jobs: int, threads: int, deterministic: bool, stop: Event,
+             failed: Connection) -> None:
+    """A job's whole life, in its own process; ends after the genotype at hand where it is asked to, or left alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+
+    def check(done: int, total: int) -> None:
+        if stop.is_set() or parent is None or not parent.is_alive():
+            raise Interrupted("search")
+
+    try:
+        for code in imports:
+            import_code(code)
+        run = RunFolder.reopen(path, storage=storage)
+        with run.recording() as archive:
+            _work(run, archive, jobs=jobs, deterministic=deterministic, progress=check)
+    except Interrupted:
+        pass
+    except Exception as error:
+        if os.environ.get("ENS_TRACEBACK"):
+            raise
+        failed.send(str(error) or type(error).__name__)
+        sys.exit(EXIT_FAILED)

@@ -1,0 +1,210 @@
+"""Workers that share an archive: nothing is measured twice, the dead are replaced, one seed is one answer.
+
+What they measure is a table, so that only the sharing takes time; once in a SQLite file and once in a PostgreSQL server
+that the tests start themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+import sqlalchemy
+
+from ens.pareto import claims
+from ens.pareto.archive import Archive, open_archive, read_archive
+from ens.pareto.trials import connect_engine
+from ens.search import create_engine
+from ens.search.loop import share_search
+from ens.space import Choice, Genotype, Measurement, SearchSpace, Slot, format_genotype
+
+NAMES = ("psnr_drop_db", "macs")
+SPACE = SearchSpace("shared", tuple(Slot(name, (Choice("restormer", 2, teacher=True), Choice("vssd", 1),
+                                                Choice("conv", 1))) for name in "abcdef"))
+BINARIES = [path for path in (*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True),
+                              Path(shutil.which("initdb") or "/").parent) if (path / "initdb").exists()]
+FORK = multiprocessing.get_context("fork")  # nothing is imported anew
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """URL of a PostgreSQL server on a socket in a temporary folder."""
+    if not BINARIES:
+        pytest.skip("PostgreSQL is not installed")
+    folder = Path(tempfile.mkdtemp(prefix="ens-", dir="/tmp"))
+    user = "nobody" if os.getuid() == 0 else None  # the server refuses to run as root
+    if user:
+        shutil.chown(folder, user)
+    data = folder / "data"
+    subprocess.run([BINARIES[0] / "initdb", "--no-sync", "--auth=trust", "--username=ens", "--encoding=UTF8", data],
+                   user=user, cwd=folder, check=True, capture_output=True)
+    process = subprocess.Popen(
+        [BINARIES[0] / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-c", "fsync=off"],
+        user=user, cwd=folder, stderr=subprocess.DEVNULL)
+    url = f"postgresql+psycopg://ens@/postgres?host={folder}"
+    try:
+        for _ in range(100):
+            try:
+                connect_engine(url).connect().close()
+                break
+            except sqlalchemy.exc.OperationalError:
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.send_signal(signal.SIGQUIT)
+        process.wait()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["file", "server"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where an archive of its own is, for every test."""
+    if request.param == "file":
+        return f"sqlite:///{tmp_path}/archive.db"
+    url = request.getfixturevalue("server")
+    name = f"test_{time.monotonic_ns()}"
+    with connect_engine(url).connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sqlalchemy.text(f"create database {name}"))
+    return str(url).replace("/postgres?", f"/{name}?")
+
+
+def opened(storage: str) -> Archive:
+    return open_archive(storage, space=SPACE, objectives=NAMES, manifest={})
+
+
+def measure(genotype: Genotype) -> Measurement:
+    drop = sum((slot + 1) * index ** 1.5 for slot, index in enumerate(genotype)) + genotype[0] * genotype[2]
+    if genotype[:3] == (1, 2, 1):
+        return Measurement(genotype, {"psnr_drop_db": math.nan, "macs": 1.0}, valid=False, note="PSNR is not finite")
+    return Measurement(genotype, {"psnr_drop_db": drop, "macs": 9.0 - sum(genotype)})
+
+
+def work(storage: str, log: Path, budget: int, engine: str = "random", batch_size: int = 1, workers: int = 1,
+         deterministic: bool = False, seconds: float = 0.0) -> None:
+    """A worker's whole life; every evaluation leaves a line in the log before it starts."""
+    def evaluate(batch: list[Genotype]) -> Iterator[Measurement]:
+        for genotype in batch:
+            with log.open("a", encoding="ascii") as file:
+                file.write(f"{os.getpid()} {format_genotype(genotype)}\n")
+            time.sleep(seconds * (1 + (os.getpid() + genotype[0]) % 3))
+            yield measure(genotype)
+
+    with opened(storage) as archive:
+        share_search(engine=create_engine(engine, SPACE, seed=1), objectives=NAMES, board=archive, evaluate=evaluate,
+                     budget=budget, batch_size=batch_size, workers=workers, deterministic=deterministic)
+
+
+def start(target: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
+    process = FORK.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def test_sixteen_workers_repeat_nothing_keep_the_budget_and_few_connections(storage: str, tmp_path: Path) -> None:
+    log, most = tmp_path / "log", 0
+    opened(storage).close()
+    workers = [start(work, storage, log, 64, "random", 1, 16, False, 0.02) for _ in range(16)]
+    watching = connect_engine(storage).connect().execution_options(isolation_level="AUTOCOMMIT")
+    while any(worker.is_alive() for worker in workers):
+        if watching.dialect.name == "postgresql":
+            most = max(most, watching.execute(sqlalchemy.text(
+                "select count(*) from pg_stat_activity where datname = current_database()")).scalar_one())
+        time.sleep(0.02)
+    watching.close()
+    assert [worker.exitcode for worker in workers] == [0] * 16
+    lines = log.read_text(encoding="ascii").splitlines()
+    assert len(lines) == len({line.split()[1] for line in lines}) == len(read_archive(storage).known()) == 64
+    assert most <= 16 + 4, "one a worker; the one that opens has two more, this test one"
+    study = optuna.load_study(study_name="ens", storage=storage)
+    assert [trial.number for trial in study.trials] == list(range(64))
+    assert len({trial.user_attrs["worker"] for trial in study.trials}) > 1
+
+
+def test_of_a_killed_worker_only_the_evaluation_in_flight_is_lost_and_another_takes_it(storage: str,
+                                                                                      tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    opened(storage).close()
+    workers = [start(work, storage, log, 40, "nsga2", 1, 2, False, 0.03) for _ in range(2)]
+    while workers[0].is_alive() and (not log.exists() or len(log.read_text(encoding="ascii").splitlines()) < 12):
+        time.sleep(0.005)
+    assert workers[0].pid is not None
+    os.kill(workers[0].pid, signal.SIGKILL)
+    for worker in workers:
+        worker.join()
+    assert workers[1].exitcode == 0
+    lines = [line.split() for line in log.read_text(encoding="ascii").splitlines()]
+    repeated = [name for name, times in Counter(name for _, name in lines).items() if times > 1]
+    last = [name for pid, name in lines if pid == str(workers[0].pid)][-1:]
+    assert repeated in ([], last)
+    assert len(read_archive(storage).known()) == len({name for _, name in lines}) == 40
+
+
+def test_one_seed_is_one_answer_with_one_two_and_four_workers(storage: str, tmp_path: Path) -> None:
+    url = sqlalchemy.make_url(storage)
+    answers = []
+    for count in (1, 2, 4):
+        if url.get_backend_name() == "sqlite":
+            storage = f"sqlite:///{tmp_path}/{count}.db"
+        workers = [start(work, storage, tmp_path / f"log{count}", 30, "nsga2", 4, count, True, 0.002)
+                   for _ in range(count)]
+        for worker in workers:
+            worker.join()
+        known = read_archive(storage).known()
+        assert len((tmp_path / f"log{count}").read_text(encoding="ascii").splitlines()) == len(known) == 30
+        answers.append(repr(sorted(known.items())))
+        if url.get_backend_name() == "postgresql":
+            optuna.delete_study(study_name="ens", storage=storage)
+    assert len(set(answers)) == 1
+
+
+def test_the_claims_of_another_machine_end_with_its_lease(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "LEASE_S", 0.6)
+    a, b = (0, 0, 0, 0, 0, 1), (0, 0, 0, 0, 0, 2)
+    with opened(storage) as here, monkeypatch.context() as elsewhere:
+        elsewhere.setattr(claims, "_describe_machine", lambda: "another")
+        elsewhere.setattr(claims.Claims, "_keep_renewing", lambda self: None)  # it has stopped, without a word
+        with opened(storage) as there:
+            assert there.claim([a, b], budget=9) == [a, b]
+            assert here.claim([a], budget=9) == [] and here.pending == [a, b] and here.workers == 2
+            time.sleep(1.0)
+            assert here.claim([a], budget=9) == [a] and here.pending == [] and here.workers == 1
+            mine = here.record(measure(a))
+            assert there.record(measure(a)) == mine, "it was not dead after all: what came first counts"
+            assert there.claim([b], budget=9) == [b] and here.claim([b], budget=9) == []
+    assert list(read_archive(storage).known()) == [a]
+
+
+def test_a_lease_is_renewed_as_long_as_an_evaluation_takes(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "LEASE_S", 0.6)
+    genotype = (0, 0, 0, 0, 0, 1)
+    with opened(storage) as here, opened(storage) as there:
+        here.claim([genotype], budget=9)
+        time.sleep(1.5)
+        assert there.claim([genotype], budget=9) == []
+        here.record(measure(genotype))
+    (trial,) = optuna.load_study(study_name="ens", storage=storage).trials
+    assert trial.duration is not None and 1.4 <= trial.duration.total_seconds() < 10, "as long as it took"
+    assert trial.user_attrs["worker"].endswith(f":{os.getpid()}")
+
+
+def test_claims_keep_to_the_budget_and_end_with_their_worker(storage: str) -> None:
+    wanted = [(0, 0, 0, 0, first, second) for first in range(3) for second in range(3)]
+    with opened(storage) as here:
+        with opened(storage) as there:
+            assert here.claim(wanted[:3], budget=5) == wanted[:3]
+            assert there.claim(wanted, budget=5) == wanted[3:5]
+            here.record(measure(wanted[0]))
+            assert there.claim(wanted[5:], budget=5) == []
+        here.look()
+        assert here.pending == [] and here.claim(wanted[3:], budget=5) == wanted[3:7][:2]
