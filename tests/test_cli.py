@@ -49,7 +49,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
 
 
 def failing_search(error: Exception) -> Callable[..., None]:
-    def search(run: RunFolder, control: Control) -> None:
+    def search(run: RunFolder, control: Control, **options: object) -> None:
         raise error
     return search
 
@@ -91,7 +91,7 @@ def test_a_signal_lets_the_step_finish_and_prints_how_to_go_on(
         number: signal.Signals, code: int) -> None:
     finished = []
 
-    def search(run: RunFolder, control: Control) -> None:
+    def search(run: RunFolder, control: Control, **options: object) -> None:
         assert not control.should_stop()
         os.kill(os.getpid(), number)
         finished.append("step")
@@ -106,13 +106,13 @@ def test_a_signal_lets_the_step_finish_and_prints_how_to_go_on(
 
 def test_a_second_signal_and_one_nobody_waits_for_stop_at_once(
         run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def stubborn(run: RunFolder, control: Control) -> None:
+    def stubborn(run: RunFolder, control: Control, **options: object) -> None:
         control.should_stop()
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("still running")
 
-    def deaf(run: RunFolder, control: Control) -> None:
+    def deaf(run: RunFolder, control: Control, **options: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("still running")
 
@@ -124,7 +124,7 @@ def test_a_second_signal_and_one_nobody_waits_for_stop_at_once(
 def test_changes_reach_the_study(run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[StudyConfig] = []
 
-    def search(run: RunFolder, control: Control) -> list[object]:
+    def search(run: RunFolder, control: Control, **options: object) -> list[object]:
         seen.append(run.study)
         return []
 
@@ -172,7 +172,7 @@ def test_folders_typed_are_relative_to_where_they_are_typed(
         run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The study lies elsewhere; `--teacher` is read the same way."""
     seen: list[StudyConfig] = []
-    monkeypatch.setattr(pipeline, "search", lambda run, control: seen.append(run.study) or [])
+    monkeypatch.setattr(pipeline, "search", lambda run, control, **_: seen.append(run.study) or [])
     (tmp_path / "mine").mkdir()
     shutil.copy(find_pairs("builtin:photos")[0].clean, tmp_path / "mine")
     (tmp_path / "other").mkdir()
