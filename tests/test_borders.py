@@ -20,6 +20,7 @@ from ens.networks.borders import find_size
 from ens.networks.slots import build_space
 from ens.networks.steps import Network
 from ens.networks.wrap import frame_network, wrap_network
+from ens.runtime.profiling import plan_profile
 from ens.space import parse_choice
 
 CHANNELS = 8
@@ -151,6 +152,51 @@ def test_costs_of_token_slots_are_those_of_their_blocks() -> None:
     whole, without = table.costs((0, 0, 0)), table.costs((1, 0, 0))
     assert whole["params"] == params and whole["params"] - without["params"] == block
     assert whole["macs"] - without["macs"] == macs
+
+
+class Deciding(nn.Module):
+    """Reads a value of what it computes, which there is none of where shapes alone are run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.body(image)
+        return x if x.abs().max().item() > 0 else image
+
+
+def test_a_network_that_reads_values_is_counted_too() -> None:
+    network = frame_network(Deciding(), slots=["body"])
+    table = build_cost_table(network, build_space("own", network, choices=[parse_choice("identity×1")]), height=8,
+                             width=8)
+    assert table.costs((0,))["macs"] == 64 * 81 and table.costs((1,))["macs"] == 0
+
+
+class Unlike(nn.Module):
+    """Two pairs of slots of one width, which differ in what they compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.ModuleList(nn.Conv2d(3, 3, 5, padding=2) for _ in range(2))
+        self.far = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=2, dilation=2) for _ in range(2))
+
+    def forward(self, image: Tensor) -> Tensor:
+        for block in (*self.wide, *self.far):
+            image = block(image)
+        return image
+
+
+def test_own_slots_are_timed_once_where_they_differ_in_weights_alone() -> None:
+    network = frame_network(Unlike(), slots=["wide.0", "wide.1", "far.0", "far.1"])
+    plan = plan_profile(network, build_space("own", network, choices=[parse_choice("conv×1")]), height=16, width=16,
+                        checks=0, seed=0)
+    own = [plan.entries[name]["own×1"] for name in ("wide.0", "wide.1", "far.0", "far.1")]
+    assert own[0] == own[1] != own[2] == own[3]
+    _, tokens = wrap_tokens()
+    plan = plan_profile(tokens, build_space("own", tokens, choices=[parse_choice("conv×1")]), height=16, width=16,
+                        checks=0, seed=0)
+    assert len({entry["own×1"] for entry in plan.entries.values()}) == 1
 
 
 def moves_between(path: Path, first: str, second: str) -> list[str]:

@@ -79,9 +79,10 @@ def copy_shapes(module: nn.Module) -> Any:
 
 
 def image_for(shadow: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """An input of the precision the module computes in."""
-    dtypes = (p.dtype for p in shadow.parameters() if p.is_floating_point())
-    return torch.empty(shape, device="meta", dtype=next(dtypes, torch.float32))
+    """An input of the precision the module computes in, on its device."""
+    floats = (p for p in shadow.parameters() if p.is_floating_point())
+    like = next(floats, torch.empty(0, device="meta"))
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 class CostTable:
@@ -152,7 +153,17 @@ def _count_operations(shadow: nn.Module, shape: tuple[int, ...]) -> int:
 def _count_slots(network: Network, specs: Sequence[SlotSpec],
                  shape: tuple[int, ...]) -> tuple[int, dict[str, tuple[tuple[int, ...], int]]]:
     """Operations of one pass, and by slot the shape of its input and its own operations."""
-    shadow, counter = copy_shapes(network).eval(), FlopCounterMode(display=False)
+    try:
+        return _count_run(copy_shapes(network).eval(), specs, shape)
+    except (RuntimeError, NotImplementedError):
+        if any(tensor.is_meta for tensor in network.parameters()):
+            raise
+        return _count_run(copy.deepcopy(network).eval(), specs, shape)  # a user's code may read values, to decide by
+
+
+def _count_run(shadow: Network, specs: Sequence[SlotSpec],
+               shape: tuple[int, ...]) -> tuple[int, dict[str, tuple[tuple[int, ...], int]]]:
+    counter = FlopCounterMode(display=False)
     found: dict[str, tuple[tuple[int, ...], int]] = {}
     for spec in specs:
         def enter(module: nn.Module, inputs: tuple[Tensor, ...], name: str = spec.name) -> None:

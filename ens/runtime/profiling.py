@@ -76,7 +76,7 @@ def plan_profile(network: Network, space: SearchSpace, *, height: int, width: in
         shape = (1, spec.channels, height // spec.downscale, width // spec.downscale)
         entries[slot.name] = {}
         for choice in slot.choices:
-            stem = _name_part(spec, choice)
+            stem = _name_part(network, spec, choice)
             name = entries[slot.name][choice.label] = f"{stem}-{shape[2]}x{shape[3]}"
             groups.setdefault(shape, {})[name] = Part(name, stem, shape, _slot_builder(network, spec, choice))
     image = (1, network.in_channels, height, width)
@@ -88,11 +88,20 @@ def plan_profile(network: Network, space: SearchSpace, *, height: int, width: in
     return Plan((tuple(whole), *(tuple(group.values()) for group in groups.values())), entries)
 
 
-def _name_part(spec: SlotSpec, choice: Choice) -> str:
+def _name_part(network: Network, spec: SlotSpec, choice: Choice) -> str:
     """A file's name that two slots share where nothing in it differs."""
     own = spec.options if choice.teacher or choice.family == spec.family else ()
-    known = repr((spec.heads, choice.family, choice.depth, choice.options, own, spec.single and choice.teacher))
+    single = _describe_structure(network.get_submodule(spec.module)) if spec.single and choice.teacher else ""
+    known = repr((spec.heads, choice.family, choice.depth, choice.options, own, single))
     return f"{choice.family}-{choice.depth}-{spec.channels}ch-{hashlib.sha256(known.encode()).hexdigest()[:8]}"
+
+
+def _describe_structure(module: nn.Module) -> str:
+    """Equal for a user's modules that differ in weights alone: classes, plain attributes, and shapes of tensors."""
+    return repr([(name, type(part).__qualname__, [tuple(tensor.shape) for tensor in (
+        *part.parameters(recurse=False), *part.buffers(recurse=False))], sorted(
+        (key, repr(value)) for key, value in vars(part).items() if isinstance(value, str | int | float | tuple)
+        and key != "training")) for name, part in module.named_modules()])
 
 
 def _name_file(part: Part, suffix: str) -> str:
