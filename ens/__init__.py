@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ens.pareto.archive import read_archive as read_archive
     from ens.pareto.selection import select_front as select_front
     from ens.runtime.session import open_session as open_session
+    from ens.search.table import load_table as load_table
     from ens.space import SearchSpace as SearchSpace
     from ens.space import parse_choice as parse_choice
 
@@ -38,6 +39,7 @@ _MODULES = {
     "evaluate_restorer": "ens.evaluate.evaluator",
     "load_checkpoint": "ens.networks.checkpoints",
     "load_study": "ens.config",
+    "load_table": "ens.search.table",
     "load_validation_set": "ens.data.pairs",
     "open_library": "ens.distill.library",
     "open_network": "ens.export.hybrid",

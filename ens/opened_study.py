@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -31,6 +32,9 @@ from ens.objectives import LATENCY, QUALITY, find_objective, find_objectives
 from ens.runtime.process import QUIET, Control
 from ens.runtime.profiling import profile_space, remove_bundle
 from ens.space import Choice, Genotype, SearchSpace
+
+if TYPE_CHECKING:
+    from ens.search import Engine
 
 
 class OpenedStudy:
@@ -270,6 +274,17 @@ class OpenedStudy:
                                                    self.meter(name).tally) for name in names])
         except ValueError as error:
             raise ConfigError(f"{self.study.name}: {error}") from None
+
+    def build_engine(self) -> Engine:
+        """A fresh engine of the search, which is told what is known in advance and the hypervolume's corner."""
+        from ens.search import create_engine
+
+        names, teacher = self.study.search.objectives, self.space.teacher
+        costs = [None if name == QUALITY else self.meter(name).tally for name in names]
+        reference = [item.reference * (self.meter(name).measure(teacher) if item.relative else 1.0)
+                     for name, item in zip(names, find_objectives(names), strict=True)]
+        return create_engine(self.study.search.engine, self.bounded, seed=self.study.seed, costs=costs,
+                             reference=reference)
 
     def read_table(self, objective: str) -> LatencyTable:
         """The latency table of `latency_ms` or `latency_ms@NAME`; raises LatencyError where there is none for these

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -197,6 +197,10 @@ class Tally:
     def value(self, genotype: Genotype) -> float:
         """The cost of a genotype."""
         return self.join(self.rest, *(row[index] for row, index in zip(self.entries, genotype, strict=True)))
+
+    def drop_first(self, count: Sequence[int]) -> Tally:
+        """The same for genotypes that count from this choice of every slot."""
+        return replace(self, entries=tuple(row[start:] for start, row in zip(count, self.entries, strict=True)))
 
     @property
     def least(self) -> float:

@@ -22,7 +22,6 @@ from ens.networks.own import import_code, list_imports
 from ens.pareto.archive import Archive
 from ens.run_folder import RunFolder
 from ens.runtime.process import EXIT_FAILED, Control, Interrupted, keep_freed_memory
-from ens.search import create_engine
 from ens.search.loop import share_search
 from ens.space import Genotype, Measurement
 
@@ -60,9 +59,9 @@ def _work(run: RunFolder, archive: Archive, *, jobs: int, deterministic: bool,
     def evaluate(batch: list[Genotype]) -> Iterator[Measurement]:
         return run.evaluator.evaluate(batch)
 
-    share_search(engine=create_engine(settings.engine, run.bounded, seed=run.study.seed),
-                 objectives=settings.objectives, board=archive, evaluate=evaluate, budget=run.budget,
-                 batch_size=settings.batch_size, workers=jobs, deterministic=deterministic, progress=progress)
+    share_search(engine=run.build_engine(), objectives=settings.objectives, board=archive, evaluate=evaluate,
+                 budget=run.budget, batch_size=settings.batch_size, workers=jobs, deterministic=deterministic,
+                 progress=progress)
 
 
 def _report(control: Control, archive: Archive, done: int, total: int) -> None:

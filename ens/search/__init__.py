@@ -8,11 +8,12 @@ from typing import Protocol
 import numpy as np
 
 from ens.search.ehvi import EhviEngine
+from ens.search.exact import ExactEngine
 from ens.search.exhaustive import ExhaustiveEngine
 from ens.search.nsga2 import Nsga2Engine
 from ens.search.random import RandomEngine
 from ens.search.tpe import TpeEngine
-from ens.space import Genotype, SearchSpace
+from ens.space import Genotype, SearchSpace, Tally
 
 
 class Engine(Protocol):
@@ -34,6 +35,7 @@ class Engine(Protocol):
 
 
 ENGINES: dict[str, Callable[..., Engine]] = {
+    "exact": ExactEngine,
     "ehvi": EhviEngine,
     "nsga2": Nsga2Engine,
     "tpe": TpeEngine,
@@ -42,12 +44,22 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 }
 
 
-def create_engine(name: str, space: SearchSpace, *, seed: int) -> Engine:
-    """Build an engine by name; raises ValueError with the names that exist."""
+def create_engine(name: str, space: SearchSpace, *, seed: int, costs: Sequence[Tally | None] = (),
+                  reference: Sequence[float] | None = None) -> Engine:
+    """Build an engine by name; raises ValueError with the names that exist.
+
+    `costs` has an entry for every objective: the numbers a choice where it is known in advance, None where it is
+    measured. `reference` is the corner of the hypervolume. Engines that model what they measure do without both.
+    """
     if name not in ENGINES:
         raise ValueError(f"search engine {name!r} does not exist; choose from {', '.join(ENGINES)}")
     if any(slot.closed for slot in space.slots):
-        return _ClosedEngine(ENGINES[name](space.without_closed(), seed=seed), space)
+        first = [int(slot.closed) for slot in space.slots]
+        known = [tally and tally.drop_first(first) for tally in costs]
+        inner = create_engine(name, space.without_closed(), seed=seed, costs=known, reference=reference)
+        return _ClosedEngine(inner, space)
+    if name == "exact":
+        return ExactEngine(space, seed=seed, costs=costs, reference=reference)
     return ENGINES[name](space, seed=seed)
 
 

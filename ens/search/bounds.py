@@ -34,8 +34,7 @@ class Bound:
 
     def renumber(self, first: Sequence[int]) -> Bound:
         """The same for genotypes that count from `first` in every slot."""
-        entries = tuple(row[start:] for start, row in zip(first, self.tally.entries, strict=True))
-        return replace(self, tally=replace(self.tally, entries=entries), measure=lambda genotype: self.measure(
+        return replace(self, tally=self.tally.drop_first(first), measure=lambda genotype: self.measure(
             tuple(index + start for index, start in zip(genotype, first, strict=True))))
 
 
