@@ -10,15 +10,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 import ens
 from ens import options as given
-from ens import starting, timings
+from ens import searching, starting, timings
 from ens.console import (
     complain,
     make_table,
@@ -37,10 +36,6 @@ from ens.runtime.process import StopNow, describe_error, keep_freed_memory
 from ens.space import format_genotype, parse_genotype
 
 # What needs PyTorch is imported inside the verbs, so that `ens --help` answers at once.
-if TYPE_CHECKING:
-    from ens.config import StudyConfig
-    from ens.run_folder import RunFolder
-
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(
     "Search a restoration network for hybrids: which of its blocks can become cheaper ones, and at what cost. "
     "Every verb continues where it was interrupted and skips what is done."))
@@ -49,9 +44,8 @@ app.add_typer(inspect, name="inspect")
 app.command()(timings.profile)
 app.command()(timings.bench)
 app.command()(starting.slots)
-
-# Workers of one folder that start at the same moment: each looks the study over, one after the other.
-_JOIN_S = 60
+app.command()(searching.search)
+app.command()(searching.pareto)
 
 
 def main() -> None:
@@ -73,28 +67,6 @@ def main() -> None:
         sys.exit(code)
 
 
-def _load_study(name: str, changes: Sequence[str] | None, teacher: Path | None = None) -> StudyConfig:
-    from ens.config import find_study, load_study, parse_changes
-
-    overrides = parse_changes(changes or ())
-    return load_study(find_study(name), {**overrides, "teacher": str(teacher.resolve())} if teacher else overrides)
-
-
-def _start(study: str, out: Path, changes: Sequence[str] | None, *, teacher: Path | None = None, storage: str = "",
-           pick: str = "", restart: bool = False, wait_s: float = 0) -> RunFolder:
-    from ens.run_folder import RunFolder
-
-    return RunFolder.start(_load_study(study, changes, teacher), out, storage=storage, pick=pick, restart=restart,
-                           wait_s=wait_s, say=complain)
-
-
-def _open(run: Path, changes: Sequence[str] | None = None, *, storage: str = "", restart: bool = False) -> RunFolder:
-    from ens.config import parse_changes
-    from ens.run_folder import RunFolder
-
-    return RunFolder.reopen(run, parse_changes(changes or ()), storage=storage, restart=restart)
-
-
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -105,15 +77,16 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def run(study: given.Study, out: given.Out, pick: given.Pick = "knee", candidates: given.Candidates = None,
         teacher: given.Teacher = None, bounds: given.Bounds = None, require: given.Require = None,
+        patience: given.Patience = None, fix: given.Fix = None, forbid: given.Forbid = None,
         storage: given.Storage = "", jobs: given.Jobs = 1, deterministic: given.Deterministic = False,
         restart: given.Restart = False, changes: given.Set = None, code: given.Import = None) -> None:
     """The whole road: train, distill, search, finetune, pareto, export; whatever of it is missing."""
     from ens import pipeline
 
     with reporting() as control:
-        asked = [*_candidates(candidates), *given.bound_changes(bounds), *given.require_changes(require)]
-        folder = _start(study, out, [*(changes or ()), *asked], teacher=teacher, storage=storage, pick=pick,
-                        restart=restart)
+        asked = [*_candidates(candidates), *given.search_changes(changes, bounds, require, patience, fix, forbid)]
+        folder = given.start(study, out, asked, teacher=teacher, storage=storage, pick=pick,
+                             restart=restart)
         model = pipeline.run_all(folder, control, pick=pick, jobs=jobs, deterministic=deterministic)
     print_front(folder, folder.front())
     print_tuned(folder, [parse_genotype(model.stem, folder.archive.space)])
@@ -129,7 +102,7 @@ def train(study: given.Study, out: given.Out, teacher: given.TaughtBy = None, te
 
     with reporting() as control:
         recipe = [*(changes or ()), *_taught("train", teacher, teacher_weight)]
-        pipeline.train(_start(study, out, recipe, restart=restart), control)
+        pipeline.train(given.start(study, out, recipe, restart=restart), control)
     say(f"The run is in {out}. Next: {given.spell('distill', study, '--out', str(out))}")
 
 
@@ -140,52 +113,12 @@ def distill(study: given.Study, out: given.Out, teacher: given.Teacher = None, r
     from ens import pipeline
 
     with reporting() as control:
-        library = pipeline.distill(_start(study, out, changes, teacher=teacher, restart=restart), control)
+        library = pipeline.distill(given.start(study, out, changes, teacher=teacher, restart=restart), control)
     table = make_table(("slot", "choice"), ("alignment error", "parameters"))
     for item in library.surrogates.values():
         table.add_row(item.slot, item.choice, item.failed or f"{item.alignment_error:.3f}", f"{item.params:,}")
     show(table)
     say(f"The library is in {library.root}")
-
-
-@app.command()
-def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, bounds: given.Bounds = None,
-           require: given.Require = None, storage: given.Storage = "", jobs: given.Jobs = 1,
-           deterministic: given.Deterministic = False, changes: given.Set = None, code: given.Import = None) -> None:
-    """Measure genotypes until the budget of unique evaluations is spent, with all who share the archive."""
-    from ens import pipeline
-
-    with reporting() as control:
-        asked = [*(changes or ()), *given.bound_changes(bounds), *given.require_changes(require)]
-        folder = _start(study, out, asked, teacher=teacher, storage=storage, wait_s=_JOIN_S)
-        measured = pipeline.search(folder, control, jobs=jobs, deterministic=deterministic)
-    say(f"{len(measured)} genotypes are measured. Next: {given.spell('pareto', str(out))}")
-
-
-@app.command()
-def pareto(run: given.Run, objectives: Annotated[str, typer.Option(help=(
-        "Two or three measured objectives instead of the search's: psnr_drop_db,macs."))] = "",
-        within: given.Within = None, bounds: given.Bounds = None,
-        unmark: Annotated[str, typer.Option(metavar="GENOTYPE", help=(
-            "Put a genotype back that a failed export has marked invalid."))] = "",
-        storage: given.Storage = "", code: given.Import = None) -> None:
-    """Print the front of a run and write it as CSV, Markdown, PNG and one HTML page."""
-    from ens import pipeline
-
-    names = given.parse_names(objectives)
-    folder = _open(run, given.bound_changes(bounds), storage=storage)
-    if unmark:
-        folder.unmark(unmark)
-    front = folder.front(names)
-    print_front(folder, front)
-    print_tuned(folder, list(folder.archive.tuned))
-    if within is not None:
-        from ens.pareto.selection import pick_genotype
-
-        chosen = pick_genotype(f"within {within:g}", front=front, space=folder.archive.space)
-        say(f"Cheapest within {within:g} dB: {format_genotype(chosen)}")
-    with reporting() as control:  # last, so that a folder that is read-only has shown its front
-        pipeline.pareto(folder, control, objectives=names)
 
 
 @app.command()
@@ -199,7 +132,7 @@ def finetune(run: given.Run, pick: given.Pick = "knee", candidates: given.Candid
     recipe = [*(changes or ()), *_candidates(candidates), *_taught("finetune", teacher, teacher_weight),
               *given.bound_changes(bounds)]
     with reporting() as control:
-        folder = _open(run, recipe, storage=storage, restart=restart)
+        folder = given.open_run(run, recipe, storage=storage, restart=restart)
         best = pipeline.finetune(folder, pick, control)
     print_tuned(folder, list(folder.archive.tuned))
     say(f"Best on the validation images: {format_genotype(best)}\n{folder.best_tuned(best)}")
@@ -215,7 +148,7 @@ def export(run: given.Run, pick: given.Pick = "knee", formats: given.Formats = "
     names, sides = given.parse_names(formats), given.parse_size(size)
     beside = [name for name, wanted in {"int8": int8, "bundle": bundle, "plain": plain}.items() if wanted]
     with reporting() as control:
-        folder = _open(run, given.bound_changes(bounds), storage=storage)
+        folder = given.open_run(run, given.bound_changes(bounds), storage=storage)
         paths = pipeline.export(folder, pick, control, formats=names, size=sides, companions=beside)
     say("\n".join(f"Exported: {path}" for path in paths))
 
@@ -288,7 +221,7 @@ def spaces(studies: Annotated[list[str] | None, typer.Argument(
     from ens.config import shipped_spaces
     from ens.run_folder import RunFolder
 
-    print_spaces([RunFolder(Path(), _load_study(name, None)) for name in studies or map(str, shipped_spaces())])
+    print_spaces([RunFolder(Path(), given.load_named(name)) for name in studies or map(str, shipped_spaces())])
 
 
 @app.command()
@@ -314,7 +247,7 @@ def erf(run: given.Run, slot: Annotated[str, typer.Option(help="Slot to look int
     target = target or run / f"erf_{slot}.png"
     if target.suffix.lower() != ".png":
         raise ValueError(f"the picture is a PNG; {target} has another suffix")
-    rows = pipeline.inspect_erf(_open(run), slot, target)
+    rows = pipeline.inspect_erf(given.open_run(run), slot, target)
     table = make_table(("choice", "state"), ("50 % px", "95 % px"))
     for choice, states in rows.items():
         for state, energy in states.items():

@@ -106,7 +106,6 @@ class DistillConfig(_Section):
     group_size: int = Field(64, ge=1, le=65536, description="Surrogates in memory at a time.")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Type the weights are stored in.")
 
-
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
         _check_pixels(self.patch_px, self.batch_size)
@@ -120,10 +119,11 @@ class SearchConfig(_Section):
     objectives: tuple[str, ...] = Field(("psnr_drop_db", "penalty"), description="Two or three, all minimised.")
     budget: int = Field(500, ge=1, le=_MANY, description="Unique genotypes to measure.")
     batch_size: int = Field(1, ge=1, le=65536, description="Genotypes asked for at a time; they share prefixes.")
-    require: Literal["", "edge"] = Field("", description=(
-        "edge: only blocks that edge runtimes run in one piece, the teacher's own included."))
-    max: dict[str, Number] = Field({}, max_length=16, description=(
-        "Bounds of objectives, {latency_ms: 300}: what exceeds one is not measured and on no front."))
+    require: Literal["", "edge"] = Field("", description="edge: only blocks that edge runtimes run in one piece.")
+    patience: int = Field(0, ge=0, le=_MANY, description="End when the front has not grown for so many evaluations.")
+    fix: dict[str, str] = Field({}, max_length=1024, description="Slots that keep a choice: {latent: conv×2}.")
+    forbid: tuple[str, ...] = Field((), max_length=64, description="Families that no slot takes: [mambair].")
+    max: dict[str, Number] = Field({}, max_length=16, description="Bounds of objectives: {latency_ms: 300}.")
 
 
 class LatencyConfig(_Section):
@@ -254,10 +254,9 @@ def _describe(error: ValidationError) -> str:
 
 
 _WORDS = {"finite_number": "a finite number", "int_type": "a whole number", "float_type": "a number",
-          "string_type": "text",
           "model_type": "a section: it holds keys and values", "dict_type": "a section: it holds keys and values",
-          "tuple_type": "a list", "greater_than_equal": "at least {ge}", "greater_than": "more than {gt}",
-          "less_than_equal": "at most {le}", "less_than": "less than {lt}",
+          "string_type": "text", "tuple_type": "a list", "greater_than_equal": "at least {ge}",
+          "greater_than": "more than {gt}", "less_than_equal": "at most {le}", "less_than": "less than {lt}",
           "too_long": "a list of at most {max_length}", "string_too_long": "text of at most {max_length} characters",
           "string_unicode": "text in the encoding of this locale; PYTHONUTF8=1 makes that UTF-8"}
 
@@ -274,7 +273,8 @@ def dump_study(study: StudyConfig) -> str:
     return yaml.safe_dump(json.loads(study.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
-_MAY_CHANGE = ("search.budget", "search.max", "latency.", "device", "threads", "finetune.", "data.report")
+_MAY_CHANGE = ("search.budget", "search.patience", "search.fix", "search.forbid", "search.max",
+               "latency.", "device", "threads", "finetune.", "data.report")
 
 
 def check_same_run(before: StudyConfig, now: StudyConfig, out: Path) -> bool:

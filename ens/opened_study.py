@@ -261,16 +261,25 @@ class OpenedStudy:
         return [name for name in names if name != QUALITY]
 
     @property
+    def restricted(self) -> SearchSpace:
+        """The space without the choices that the study fixes and forbids; ConfigError where that is empty."""
+        try:
+            return self.space.restrict(fix=self.study.search.fix, forbid=self.study.search.forbid)
+        except ValueError as error:
+            raise ConfigError(f"{self.study.name}: {error}") from None
+
+    @property
     def bounded(self) -> SearchSpace:
         """The space within the study's bounds, as far as they can be known by now; ConfigError where that is empty."""
+        space = self.restricted
         names = [name for name in self.study.search.max if name != QUALITY and not (
             name == LATENCY and not table_path(self.path, name).exists())]
         if not names:
-            return self.space
+            return space
         from ens.search.bounds import Bound, narrow_space  # brings pymoo, half a second
 
         try:
-            return narrow_space(self.space, [Bound(name, self.study.search.max[name], self.meter(name).measure,
+            return narrow_space(space, [Bound(name, self.study.search.max[name], self.meter(name).measure,
                                                    self.meter(name).tally) for name in names])
         except ValueError as error:
             raise ConfigError(f"{self.study.name}: {error}") from None

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ens.console import complain
 from ens.objectives import find_objective, read_quantity
+
+if TYPE_CHECKING:
+    from ens.config import StudyConfig
+    from ens.run_folder import RunFolder
 
 Study = Annotated[str, typer.Argument(metavar="SPACE.yaml", help="The study: a file, or the name of a shipped one.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder.")]
@@ -51,6 +58,13 @@ Runtime = Annotated[str, typer.Option(help=(
     "Runtime of an exported file: ort, openvino, openvino-default, executorch or torch; the format's own by default."))]
 Restart = Annotated[bool, typer.Option("--restart", help=(
     "Drop the state of an unfinished training, where it is damaged or of another recipe, and begin it again."))]
+Patience = Annotated[int | None, typer.Option(min=1, metavar="N", help=(
+    "End when the front, and with it its hypervolume, has not grown for N evaluations."))]
+Fix = Annotated[list[str] | None, typer.Option("--fix", metavar="SLOT=CHOICE", help=(
+    "Measure and show only what keeps this choice in a slot, for instance refinement=restormer×4. May be given several "
+    "times."))]
+Forbid = Annotated[list[str] | None, typer.Option("--forbid", metavar="FAMILY", help=(
+    "Measure and show nothing with blocks of this family, the teacher's own included. May be given several times."))]
 Jobs = Annotated[int, typer.Option(min=1, metavar="N", help=(
     "Processes that measure on this machine; more may join with the same --storage. Asynchronous: which genotypes are "
     "measured depends on who is faster."))]
@@ -109,9 +123,20 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def require_changes(require: str | None) -> list[str]:
-    """Changes of the study behind --require."""
-    return [f"search.require={require}"] if require else []
+def search_changes(changes: Sequence[str] | None, bounds: list[str] | None = None, require: str | None = None,
+                   patience: int | None = None, fix: list[str] | None = None,
+                   forbid: list[str] | None = None) -> list[str]:
+    """Changes of the study behind --set, --max, --require, --patience, --fix and --forbid; raises ValueError."""
+    fixed = {}
+    for entry in fix or ():
+        slot, equals, choice = entry.partition("=")
+        if not (slot and equals and choice):
+            raise ValueError(f"--fix takes SLOT=CHOICE, for instance refinement=restormer×4, got {entry!r}")
+        fixed[slot] = choice
+    return [*(changes or ()), *bound_changes(bounds), *([f"search.require={require}"] if require else []),
+            *([f"search.patience={patience}"] if patience else []),
+            *([f"search.fix={json.dumps(fixed)}"] if fixed else []),
+            *([f"search.forbid={json.dumps(forbid)}"] if forbid else [])]
 
 
 def bound_changes(bounds: list[str] | None) -> list[str]:
@@ -124,3 +149,28 @@ def bound_changes(bounds: list[str] | None) -> list[str]:
         find_objective(name)
         changes.append(f"search.max.{name}={read_quantity(text)!r}")
     return changes
+
+
+def load_named(name: str, changes: Sequence[str] | None = None, teacher: Path | None = None) -> StudyConfig:
+    """A study by its file or shipped name, with what the command changes in it."""
+    from ens.config import find_study, load_study, parse_changes
+
+    overrides = parse_changes(changes or ())
+    return load_study(find_study(name), {**overrides, "teacher": str(teacher.resolve())} if teacher else overrides)
+
+
+def start(study: str, out: Path, changes: Sequence[str] | None, *, teacher: Path | None = None, storage: str = "",
+          pick: str = "", restart: bool = False, wait_s: float = 0) -> RunFolder:
+    """Take a folder for a study, or go on where it ran before."""
+    from ens.run_folder import RunFolder
+
+    return RunFolder.start(load_named(study, changes, teacher), out, storage=storage, pick=pick, restart=restart,
+                           wait_s=wait_s, say=complain)
+
+
+def open_run(run: Path, changes: Sequence[str] | None = None, *, storage: str = "", restart: bool = False) -> RunFolder:
+    """Open the run in a folder."""
+    from ens.config import parse_changes
+    from ens.run_folder import RunFolder
+
+    return RunFolder.reopen(run, parse_changes(changes or ()), storage=storage, restart=restart)

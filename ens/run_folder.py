@@ -193,7 +193,7 @@ class RunFolder(OpenedStudy):
 
     def front(self, objectives: tuple[str, ...] = ()) -> Front:
         """The front of any two or three objectives, the search's by default: measured ones, or costs that are known
-        without. What exceeds a bound of the study (`search.max`) is left out.
+        without. What exceeds a bound of the study (`search.max`) or is not fixed or forbidden by it is left out.
         """
         archive, names = self.archive, objectives or self.archive.objectives
         meters = {name: str(text) for name, text in archive.manifest.get("meters", {}).items()}
@@ -205,7 +205,10 @@ class RunFolder(OpenedStudy):
                 measured = [replace(one, values={**one.values, name: meter.measure(one.genotype)}) for one in measured]
                 baseline = baseline and replace(baseline, values={**baseline.values,
                                                                   name: meter.measure(archive.space.teacher)})
-        front = select_front(keep_within(measured, bounds), names, baseline=baseline)
+        allowed = self.restricted.allows
+        if not (kept := [one for one in measured if allowed(one.genotype)]):
+            raise ValueError("no genotype that was measured keeps to what `search.fix` and `search.forbid` leave")
+        front = select_front(keep_within(kept, bounds), names, baseline=baseline)
         return replace(front, remarks=tuple(f"{label_value(name)}: {meters[name]}." for name in names
                                             if name == PEAK or name.partition("@")[0] == LATENCY))
 

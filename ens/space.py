@@ -70,11 +70,13 @@ class Slot:
     """A position of the network that may be filled; `choices[0]` is the teacher's.
 
     Where the slot is `closed` to the teacher no genotype keeps its own blocks; they stay what drops are measured from.
+    `shut` are further choices that a search leaves out, as indices.
     """
 
     name: str
     choices: tuple[Choice, ...]
     closed: bool = False
+    shut: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         labels = [choice.label for choice in self.choices]
@@ -84,6 +86,11 @@ class Slot:
             raise ValueError(f"slot {self.name!r} is closed to the teacher and has no other choice")
         if not self.choices[0].teacher or any(choice.teacher for choice in self.choices[1:]):
             raise ValueError(f"slot {self.name!r}: the first choice, and only the first, must be the teacher's")
+
+    @property
+    def open(self) -> tuple[int, ...]:
+        """Indices of the choices that a search may take."""
+        return tuple(index for index in range(int(self.closed), len(self.choices)) if index not in self.shut)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class SearchSpace:
     @property
     def num_genotypes(self) -> int:
         """Genotypes that a search may find."""
-        return math.prod(len(slot.choices) - slot.closed for slot in self.slots)
+        return math.prod(len(slot.open) for slot in self.slots)
 
     @property
     def num_surrogates(self) -> int:
@@ -152,11 +159,12 @@ class SearchSpace:
         return 0.0 if choice.family == "identity" else self.penalty_per_block * choice.depth
 
     def sample(self, rng: np.random.Generator) -> Genotype:
-        return tuple(int(rng.integers(int(slot.closed), len(slot.choices))) for slot in self.slots)
+        return tuple(slot.open[rng.integers(len(slot.open))] for slot in self.slots)
 
     def allows(self, genotype: Genotype) -> bool:
         """Whether a search may measure this genotype; `search.bounds` narrows that."""
-        return True
+        return not any((slot.closed and index == 0) or index in slot.shut
+                       for index, slot in zip(genotype, self.slots, strict=True))
 
     def repair(self, genotype: Genotype, rng: np.random.Generator) -> Genotype:
         """A genotype that is allowed, like the given one in as many slots as possible."""
@@ -164,7 +172,7 @@ class SearchSpace:
 
     def enumerate(self) -> Iterator[Genotype]:
         """Every genotype once, in lexicographic order: neighbours share the longest prefixes."""
-        return itertools.product(*(range(slot.closed, len(slot.choices)) for slot in self.slots))
+        return itertools.product(*(slot.open for slot in self.slots))
 
     def check_open(self, genotype: Genotype) -> Genotype:
         """Return the genotype, or raise ValueError for one that keeps the teacher in a slot that is closed to it."""
@@ -175,10 +183,32 @@ class SearchSpace:
         return genotype
 
     def without_closed(self) -> SearchSpace:
-        """The choices that a search may find, numbered from 0 in every slot: in closed ones 1 more is the index here.
+        """The choices that a search may find, numbered from 0 in every slot: `slot.open` holds their indices here."""
+        slots = []
+        for slot in self.slots:
+            first, *others = (slot.choices[index] for index in slot.open)
+            slots.append(Slot(slot.name, (replace(first, teacher=True), *others)))
+        return replace(self, slots=tuple(slots))
+
+    def restrict(self, *, fix: Mapping[str, str], forbid: Sequence[str]) -> SearchSpace:
+        """The same where slots keep the choice that `fix` names, and no slot takes a family of `forbid`, the teacher's
+        own blocks included. Raises ValueError for a slot, choice or family that is not there, or where none is left.
         """
-        slots = (Slot(slot.name, (replace(slot.choices[1], teacher=True), *slot.choices[2:])) if slot.closed else slot
-                 for slot in self.slots)
+        wanted = {name: parse_choice(label).label for name, label in fix.items()}
+        families = {choice.family for slot in self.slots for choice in slot.choices}
+        for kind, given, known in (("slot", wanted, {slot.name for slot in self.slots}), ("family", forbid, families)):
+            if unknown := [name for name in given if name not in known]:
+                raise ValueError(f"{self.name} searches no {kind} {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        slots = []
+        for slot in self.slots:
+            shut = {index for index, choice in enumerate(slot.choices)
+                    if choice.label != wanted.get(slot.name, choice.label) or choice.family in forbid}
+            slots.append(replace(slot, shut=slot.shut | shut))
+            if not slots[-1].open:
+                labels = ", ".join(choice.label for choice in slot.choices)
+                raise ValueError(f"slot {slot.name} has no choice left of {labels}"
+                                 + (f": it is fixed to {wanted[slot.name]}" if slot.name in wanted else "")
+                                 + (f"; forbidden: {', '.join(forbid)}" if forbid else ""))
         return replace(self, slots=tuple(slots))
 
 
@@ -198,9 +228,10 @@ class Tally:
         """The cost of a genotype."""
         return self.join(self.rest, *(row[index] for row, index in zip(self.entries, genotype, strict=True)))
 
-    def drop_first(self, count: Sequence[int]) -> Tally:
-        """The same for genotypes that count from this choice of every slot."""
-        return replace(self, entries=tuple(row[start:] for start, row in zip(count, self.entries, strict=True)))
+    def keep(self, kept: Sequence[Sequence[int]]) -> Tally:
+        """The same for genotypes that count the `kept` choices of every slot."""
+        return replace(self, entries=tuple(tuple(row[index] for index in own)
+                                           for own, row in zip(kept, self.entries, strict=True)))
 
     @property
     def least(self) -> float:

@@ -49,6 +49,8 @@ def measure(run: RunFolder, control: Control, *, jobs: int, deterministic: bool)
         else:
             _work(run, archive, jobs=1, deterministic=deterministic, progress=lambda done, total: _report(
                 control, archive, done, total))
+        if (done := len(archive.known())) < run.budget and run.study.search.patience:
+            control.say(f"search: ended at {done}: the front has not grown for {run.study.search.patience} evaluations")
 
 
 def _work(run: RunFolder, archive: Archive, *, jobs: int, deterministic: bool,
@@ -60,8 +62,8 @@ def _work(run: RunFolder, archive: Archive, *, jobs: int, deterministic: bool,
         return run.evaluator.evaluate(batch)
 
     share_search(engine=run.build_engine(), objectives=settings.objectives, board=archive, evaluate=evaluate,
-                 budget=run.budget, batch_size=settings.batch_size, workers=jobs, deterministic=deterministic,
-                 progress=progress)
+                 budget=run.budget, batch_size=settings.batch_size, patience=settings.patience, workers=jobs,
+                 deterministic=deterministic, progress=progress)
 
 
 def _report(control: Control, archive: Archive, done: int, total: int) -> None:

@@ -80,6 +80,37 @@ def test_bounds_hold_in_slots_that_are_closed_to_the_teacher() -> None:
     assert sorted(asked) == [genotype for genotype in ALLOWED if genotype[0]]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("bounded", [False, True])
+def test_every_engine_keeps_to_what_is_fixed_and_forbidden(engine: str, bounded: bool) -> None:
+    """Also where others measure, or have measured, what is left out."""
+    left = SMALL.restrict(fix={"slot1": "conv×2"}, forbid=["restormer"])
+    bounds = [bound("macs", SUM.least + 12, SUM)] if bounded else []
+    expected = [one for one in SMALL.enumerate()
+                if all(one) and one[1] == 2 and all(limit.measure(one) <= limit.value for limit in bounds)]
+    narrow, rng = narrow_space(left, bounds), np.random.default_rng(0)
+    assert 2 < len(expected) <= (7 if bounded else 8)
+    assert list(narrow.enumerate()) == expected and narrow.num_genotypes == len(expected)
+    assert {narrow.sample(rng) for _ in range(40 * len(expected))} == set(expected)
+    subject, asked = create_engine(engine, narrow, seed=3), list[Genotype]()
+    subject.tell([(0, 0, 0, 0), (1, 1, 1, 1)], np.array([[1.0, 2.0], [3.0, 4.0]]))
+    while batch := subject.ask(3, [(0, 1, 2, 0)]):
+        asked += batch
+        subject.tell(batch, np.array([[SUM.value(genotype), -sum(genotype)] for genotype in batch]))
+    assert sorted(asked) == expected
+
+
+@pytest.mark.parametrize(("fix", "forbid", "message"), [
+    ({"slot9": "conv×1"}, [], "searches no slot 'slot9'; it has slot0, slot1"),
+    ({}, ["cnov"], "searches no family 'cnov'; it has conv, restormer"),
+    ({"slot1": "conv×9"}, [], "slot slot1 has no choice left of restormer×2, conv×1, conv×2: it is fixed to conv×9$"),
+    ({"slot1": "conv×1"}, ["conv"], r"it is fixed to conv×1; forbidden: conv$"),
+    ({"slot1": "conv"}, [], "choice 'conv' is not understood")])
+def test_what_cannot_be_fixed_or_forbidden_is_refused(fix: dict[str, str], forbid: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SMALL.restrict(fix=fix, forbid=forbid)
+
+
 def test_what_no_genotype_can_meet_is_refused_with_the_least_there_is() -> None:
     with pytest.raises(ValueError, match=r"no genotype has macs of at most 0.1; the least there is, is [\d.]+$"):
         narrow_space(SMALL, [bound("macs", 0.1, SUM)])

@@ -131,6 +131,22 @@ def test_an_evaluator_that_skips_or_swaps_genotypes_is_an_error() -> None:
                        evaluate=evaluate, record=lambda _: None, budget=5, batch_size=2)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_patience_ends_a_search_where_the_front_stopped_growing_however_often_it_is_resumed(batch_size: int) -> None:
+    """In lexicographic order the first row of the table holds the front: every later drop is larger."""
+    def go(known: dict[Genotype, Measurement], budget: int) -> list[Measurement]:
+        return run_search(engine=create_engine("exhaustive", SPACE, seed=0), objectives=NAMES, known=known,
+                          record=lambda _: None, budget=budget, batch_size=batch_size, patience=8,
+                          evaluate=lambda batch: [Measurement(one, {"psnr_drop_db": float(10 * one[0] + sum(one)),
+                                                                    "macs": float(sum(one))}) for one in batch])
+
+    whole = go({}, 80)
+    assert len(whole) == (9 if batch_size == 1 else 12), "nothing is better than the first; whole batches are told"
+    for budget in (3, 7, 80):
+        part = go({one.genotype: one for one in whole[:budget]}, 80)
+        assert part == whole
+
+
 def test_mistakes_are_told() -> None:
     for budget, batch_size, names, message in ((0, 1, NAMES, "at least 1"), (5, 0, NAMES, "at least 1"),
                                                (5, 1, ("psnr",) * 2, "'psnr' does not exist")):

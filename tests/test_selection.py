@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from ens.pareto.baseline import Baseline
-from ens.pareto.selection import nearest_members, pick_genotype, select_front
+from ens.pareto.selection import diverse_members, nearest_members, pick_genotype, select_front
 from ens.space import Choice, Measurement, SearchSpace, Slot
 
 CHOICES = (Choice("restormer", 2, teacher=True), *(Choice("conv", depth) for depth in range(1, 12)))
@@ -83,6 +83,24 @@ def test_candidates_are_the_pick_and_its_neighbours_without_the_teacher() -> Non
     assert nearest_members(front, (2,), count=3)[0] == (2,) and len(nearest_members(front, (2,), count=3)) == 3
     assert (0,) not in nearest_members(front, (2,), count=9)
     assert nearest_members(front, (7,), count=3) == [(7,)], "a genotype off the front has no neighbours on it"
+
+
+def test_diverse_members_are_as_far_apart_as_the_front_allows() -> None:
+    """Against brute force for three: the second is farthest from the knee, the third from both."""
+    genotypes = [(0, 0, 0, 0), (1, 1, 1, 0), (1, 1, 0, 0), (2, 2, 2, 2), (1, 2, 2, 2)]
+    front = select_front([Measurement(genotype, {"psnr_drop_db": 0.1 * number, "penalty": 9.0 - number}, (30.0, 32.0))
+                          for number, genotype in enumerate(genotypes)], TWO)
+    found = diverse_members(front, count=3)
+    knee = front.members[front.knee].genotype
+    assert found[0] == (knee, 0) and len({genotype for genotype, _ in found}) == 3 and (0, 0, 0, 0) not in dict(found)
+
+    def apart(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+        return sum(a != b for a, b in zip(one, other, strict=True))
+
+    others = [genotype for genotype in genotypes[1:] if genotype != knee]
+    assert found[1][1] == apart(knee, found[1][0]) == max(apart(knee, one) for one in others)
+    assert found[2][1] == max(min(apart(knee, one), apart(found[1][0], one)) for one in others if one != found[1][0])
+    assert len(diverse_members(front, count=99)) == 4
 
 
 def test_an_objective_that_was_not_measured_is_named() -> None:

@@ -12,10 +12,12 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import optuna
@@ -29,6 +31,7 @@ from ens.search import create_engine
 from ens.search.loop import share_search
 from ens.space import Choice, Genotype, Measurement, SearchSpace, Slot, format_genotype
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("psnr_drop_db", "macs")
 SPACE = SearchSpace("shared", tuple(Slot(name, (Choice("restormer", 2, teacher=True), Choice("vssd", 1),
                                                 Choice("conv", 1))) for name in "abcdef"))
@@ -208,3 +211,57 @@ def test_claims_keep_to_the_budget_and_end_with_their_worker(storage: str) -> No
             assert there.claim(wanted[5:], budget=5) == []
         here.look()
         assert here.pending == [] and here.claim(wanted[3:], budget=5) == wanted[3:7][:2]
+
+
+SMALL = ("--set", "search.engine=random", "--set", "search.batch_size=1", "--set", "data.limit=1", "--set",
+         "data.crops_per_image=1", "--set", "data.crop_px=32")
+
+
+def ens(*words: object) -> subprocess.Popen[str]:
+    """The command in a process of its own, with one thread."""
+    return subprocess.Popen([sys.executable, "-c", "from ens.cli import main; main()", *map(str, words)],
+                            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT,
+                            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_two_searches_share_300_evaluations_and_one_that_is_killed_is_replaced(server: str, tmp_path: Path) -> None:
+    """The whole command twice, in folders of their own, with one server; one dies after a third of the work."""
+    searches = [ens("search", "demo", "--out", tmp_path / name, "--storage", server, *SMALL,
+                    "--set", "search.budget=300") for name in "ab"]
+    while searches[0].poll() is None and len(names_in(server)) < 100:
+        time.sleep(0.2)
+    searches[0].kill()
+    searches[0].wait()
+    assert searches[1].stderr is not None
+    said = searches[1].stderr.read()
+    assert searches[1].wait() == 0, said
+    trials = optuna.load_study(study_name="ens", storage=server).trials
+    assert [trial.number for trial in trials] == list(range(300)) and len(names_in(server)) == 300
+    by_worker = Counter(trial.user_attrs["worker"] for trial in trials)
+    assert len(by_worker) == 2 and min(by_worker.values()) >= 20, "both have measured"
+
+
+@pytest.mark.slow
+def test_jobs_share_the_work_and_one_that_dies_is_replaced(tmp_path: Path) -> None:
+    run, path = ens("search", "demo", "--out", tmp_path, "--jobs", 2, *SMALL, "--set", "search.budget=60"), tmp_path
+    while run.poll() is None and len(names_in(f"sqlite:///{path}/archive.db")) < 20:
+        time.sleep(0.1)
+    jobs = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text(encoding="ascii").split()
+    victim = next(int(pid) for pid in jobs if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8"))
+    os.kill(victim, signal.SIGKILL)
+    assert run.stderr is not None
+    said = run.stderr.read()
+    assert run.wait() == 0, said
+    assert "ended early: it was killed (exit code -9)" in said
+    measured = [trial.user_attrs for trial in optuna.load_study(
+        study_name="ens", storage=f"sqlite:///{path}/archive.db").trials]
+    assert len({one["genotype"] for one in measured}) == len(measured) == 60
+    assert len({one["worker"] for one in measured}) == 2
+
+
+def names_in(storage: str) -> set[str]:
+    """Genotypes that are recorded; none where there is no archive yet."""
+    with suppress(FileNotFoundError, ValueError, sqlalchemy.exc.SQLAlchemyError):
+        return set(map(format_genotype, read_archive(storage).known()))
+    return set()

@@ -254,6 +254,21 @@ def nearest_members(front: Front, genotype: Genotype, *, count: int) -> list[Gen
     return [genotype, *(names[index] for index in order if any(names[index]) and not front.below_input(index))][:count]
 
 
+def diverse_members(front: Front, *, count: int) -> list[tuple[Genotype, int]]:
+    """Up to `count` members, the knee first, then always the one that differs from those before in most slots, and in
+    how many at least (0 for the knee). Members below the degraded input and the teacher itself are left out.
+    """
+    knee = front.members[front.knee].genotype
+    others = [member.genotype for index, member in enumerate(front.members)
+              if index != front.knee and any(member.genotype) and not front.below_input(index)]
+    found = [(knee, 0)]
+    while others and len(found) < count:
+        distances = [min(sum(a != b for a, b in zip(one, other, strict=True)) for other, _ in found) for one in others]
+        best = max(range(len(others)), key=distances.__getitem__)
+        found.append((others.pop(best), distances[best]))
+    return found
+
+
 def cheapest_member(front: Front, limit: float) -> Measurement:
     """The member of least cost (first objective that is no PSNR drop) whose PSNR drop before fine-tuning is at most
     `limit` dB, and which is not below the degraded input.

@@ -53,29 +53,36 @@ def create_engine(name: str, space: SearchSpace, *, seed: int, costs: Sequence[T
     """
     if name not in ENGINES:
         raise ValueError(f"search engine {name!r} does not exist; choose from {', '.join(ENGINES)}")
-    if any(slot.closed for slot in space.slots):
-        first = [int(slot.closed) for slot in space.slots]
-        known = [tally and tally.drop_first(first) for tally in costs]
+    if any(len(slot.open) < len(slot.choices) for slot in space.slots):
+        kept = [slot.open for slot in space.slots]
+        known = [tally and tally.keep(kept) for tally in costs]
         inner = create_engine(name, space.without_closed(), seed=seed, costs=known, reference=reference)
-        return _ClosedEngine(inner, space)
+        return _NarrowEngine(inner, space)
     if name == "exact":
         return ExactEngine(space, seed=seed, costs=costs, reference=reference)
     return ENGINES[name](space, seed=seed)
 
 
-class _ClosedEngine:
-    """Any engine where slots are closed to the teacher: it searches `space.without_closed()`, which counts from 0."""
+class _NarrowEngine:
+    """Any engine where slots leave choices out: it searches `space.without_closed()`, which numbers the others."""
 
     def __init__(self, engine: Engine, space: SearchSpace) -> None:
         self._engine = engine
-        self._first = [int(slot.closed) for slot in space.slots]
+        self._open = [slot.open for slot in space.slots]
+        self._numbers = [{index: number for number, index in enumerate(own)} for own in self._open]
 
     def ask(self, n: int, pending: Sequence[Genotype] = ()) -> list[Genotype]:
-        found = self._engine.ask(n, [self._shift(genotype, -1) for genotype in pending])
-        return [self._shift(genotype, 1) for genotype in found]
+        return [tuple(own[number] for number, own in zip(genotype, self._open, strict=True))
+                for genotype in self._engine.ask(n, [self._number(one) for one in pending if self._is_open(one)])]
 
     def tell(self, genotypes: list[Genotype], values: np.ndarray) -> None:
-        self._engine.tell([self._shift(genotype, -1) for genotype in genotypes], values)
+        """What was measured before a choice was left out is no part of the space that is searched."""
+        kept = [index for index, genotype in enumerate(genotypes) if self._is_open(genotype)]
+        if kept:
+            self._engine.tell([self._number(genotypes[index]) for index in kept], np.asarray(values)[kept])
 
-    def _shift(self, genotype: Genotype, by: int) -> Genotype:
-        return tuple(index + by * first for index, first in zip(genotype, self._first, strict=True))
+    def _is_open(self, genotype: Genotype) -> bool:
+        return all(index in numbers for index, numbers in zip(genotype, self._numbers, strict=True))
+
+    def _number(self, genotype: Genotype) -> Genotype:
+        return tuple(numbers[index] for index, numbers in zip(genotype, self._numbers, strict=True))

@@ -27,15 +27,15 @@ class Bound:
     tally: Tally
 
     def close(self, slots: Sequence[Slot]) -> Bound:
-        """The same where some slots are closed to the teacher: it costs more there than any bound allows."""
-        entries = tuple((math.inf, *row[1:]) if slot.closed else row
+        """The same where slots leave choices out: these cost more than any bound allows."""
+        entries = tuple(tuple(value if index in slot.open else math.inf for index, value in enumerate(row))
                         for slot, row in zip(slots, self.tally.entries, strict=True))
         return replace(self, tally=replace(self.tally, entries=entries))
 
-    def renumber(self, first: Sequence[int]) -> Bound:
-        """The same for genotypes that count from `first` in every slot."""
-        return replace(self, tally=self.tally.drop_first(first), measure=lambda genotype: self.measure(
-            tuple(index + start for index, start in zip(genotype, first, strict=True))))
+    def renumber(self, kept: Sequence[Sequence[int]]) -> Bound:
+        """The same for genotypes that count the `kept` choices of every slot."""
+        return replace(self, tally=self.tally.keep(kept), measure=lambda genotype: self.measure(
+            tuple(own[index] for index, own in zip(genotype, kept, strict=True))))
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,10 @@ class BoundedSpace(SearchSpace):
     bounds: tuple[Bound, ...] = ()
 
     def allows(self, genotype: Genotype) -> bool:
-        return (all(index or not slot.closed for index, slot in zip(genotype, self.slots, strict=True))
-                and all(bound.measure(genotype) <= bound.value for bound in self.bounds))
+        return super().allows(genotype) and all(bound.measure(genotype) <= bound.value for bound in self.bounds)
 
     def without_closed(self) -> SearchSpace:
-        first = [int(slot.closed) for slot in self.slots]
-        bounds = tuple(bound.renumber(first) for bound in self.bounds)
+        bounds = tuple(bound.renumber([slot.open for slot in self.slots]) for bound in self.bounds)
         return replace(self, slots=super().without_closed().slots, bounds=bounds)
 
     @property
