@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ens.config import ConfigError, StudyConfig, TrainConfig, parse_choices
-from ens.data.folders import load_pairs
+from ens.data.folders import load_pairs, require_pairs
 from ens.data.pairs import Patches, ValidationSet, load_validation_set
 from ens.data.sizes import check_patches_fit
 from ens.data.tasks import Task, create_task
@@ -62,7 +62,7 @@ class OpenedStudy:
         from ens.search import create_engine  # brings pymoo, half a second
 
         study = self.study
-        for name in ("device", "task", "validation", "report_set"):
+        for name in ("device", "task", "protocol", "validation", "report_set"):
             getattr(self, name)  # opening is the check; what is opened is kept
         find_objectives(study.search.objectives)
         for name in self._names():
@@ -212,6 +212,8 @@ class OpenedStudy:
         """Where training images are; raises ConfigError where the study names none."""
         if not self.study.data.train:
             raise ConfigError(f"{self.study.name}: `data.train` names no folder of training images")
+        if self.task.needs_pairs:
+            require_pairs(self.study.data.train, scale=self.task.scale)
         return self.study.data.train
 
     def patches(self, purpose: str) -> Patches:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ens.data.degradations import resize_bicubic
+from ens.data.folders import DataError, load_pairs
 from ens.data.images import FloatImage, Photo, list_images, read_photo, to_float, to_pixels, write_photo
-from ens.data.pairs import load_validation_set
+from ens.data.pairs import Patches, load_validation_set
 from ens.data.tasks import TASKS, Denoise, Derain, Task, create_task
 from ens.evaluate.metrics import psnr_db, score
 from ens.evaluate.protocols import PROTOCOLS, find_protocol, task_protocols
@@ -31,13 +32,13 @@ def test_protocol_table_is_the_stated_one() -> None:
     assert table == {
         "denoise-color-awgn": ("rgb", 0, True), "denoise-sidd": ("rgb", 0, False), "derain-y": ("y_rounded", 0, True),
         "deblur-rgb": ("rgb", 0, True), "sr-y": ("y", 0, True), "sr-rgb": ("rgb", 4, True), "csr-y": ("y", 4, True),
-        "jpeg-y": ("gray", 0, True),
+        "jpeg-y": ("gray", 0, True), "paired-rgb": ("rgb", 0, True), "paired-y": ("y", 0, True),
     }
     assert find_protocol("sr-y", scale=3).border_px == 3 and task_protocols(create_task("sr_x2"))[0].border_px == 2
 
 
 def test_every_task_names_a_protocol_and_is_frozen() -> None:
-    assert set(TASKS) == {"denoise", "derain", "deblur", "sr", "csr", "jpeg"}
+    assert set(TASKS) == {"denoise", "derain", "deblur", "sr", "csr", "jpeg", "paired"}
     for name, kind in TASKS.items():
         assert kind.name == name and task_protocols(kind())[0].name in PROTOCOLS
     with pytest.raises(FrozenInstanceError):
@@ -53,7 +54,9 @@ def test_tasks_are_made_from_text_and_from_options() -> None:
 
 
 @pytest.mark.parametrize(("name", "options", "said"), [
-    ("dehaze", {}, "denoise, derain, deblur, sr, csr, jpeg"),
+    ("dehaze", {}, "denoise, derain, deblur, sr, csr, jpeg, paired"),
+    ("paired_x9", {}, "from 1 to 8, got 9"),
+    ("sr", {"protocol": "sr-rgb"}, "no option 'protocol'"),
     ("sr_x5", {}, "2, 3 or 4, got 5"),
     ("sr_q10", {}, "not understood at 'q10'"),
     ("denoise", {"sigma": 25}, "nearest is 'sigma_255'"),
@@ -189,3 +192,36 @@ def test_bicubic_set5_has_the_published_figures(scale: int, psnr_db: float, ssim
         scores.append(score(as_tensor(enlarged), as_tensor(clean), task_protocols(task)[0]))
     assert np.mean([s.psnr_db for s in scores]) == pytest.approx(psnr_db, abs=0.03)
     assert np.mean([s.ssim for s in scores]) == pytest.approx(ssim, abs=0.001)
+
+
+def save_pair(folder: Path, *, scale: int, name: str = "a.png") -> None:
+    rng = np.random.default_rng(1)
+    for side, place in ((24, "input"), (24 * scale, "target")):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        write_photo(folder / place / name, Photo(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 5])
+def test_pairs_are_taken_as_they_are_at_any_scale_and_scored_as_the_study_says(tmp_path: Path, scale: int) -> None:
+    save_pair(tmp_path, scale=scale)
+    task = create_task("paired", {"upscale": scale, "protocol": "sr-y"})
+    (image,) = load_validation_set(tmp_path, task).images
+    given, wanted = (to_float(read_photo(tmp_path / place / "a.png").pixels).transpose(2, 0, 1)
+                     for place in ("input", "target"))
+    assert np.array_equal(image.degraded.numpy(), given) and np.array_equal(image.clean.numpy(), wanted)
+    assert [protocol.name for protocol in task_protocols(task)] == ["sr-y"]
+    degraded, clean = Patches(load_pairs(tmp_path, scale=scale), task).batch(0, 2, 8)
+    assert degraded.shape == (2, 3, 8, 8) and clean.shape == (2, 3, 8 * scale, 8 * scale)
+
+
+def test_pairs_are_never_made_here(tmp_path: Path) -> None:
+    task = create_task("paired")
+    with pytest.raises(DataError, match=r"builtin:photos holds clean images alone; .* input/ beside target/"):
+        load_validation_set("builtin:photos", task)
+    with pytest.raises(ValueError, match="paired degrades nothing"):
+        task.degrade_for_validation(np.zeros((8, 8, 3), np.float32))
+    with pytest.raises(ValueError, match="no protocol 'best'; there are denoise-color-awgn"):
+        task_protocols(create_task("paired", {"protocol": "best"}))
+    save_pair(tmp_path, scale=2)
+    with pytest.raises(DataError, match="scale 1"):
+        load_validation_set(tmp_path, task)

@@ -59,6 +59,13 @@ def _builtin_photos(name: str) -> list[Path]:
     return [folder / file for file in _BUILTIN[name]]
 
 
+def require_pairs(folder: str | Path, *, scale: int) -> None:
+    """Raise DataError where a folder holds images without a degraded twin."""
+    if any(path.degraded is None for path in find_pairs(folder, scale=scale)):
+        raise DataError(f"{show_name(folder)} holds clean images alone; this task makes no degraded ones and takes "
+                        "them from a folder input/ beside target/")
+
+
 def describe_images(folder: str | Path, pairs: Sequence[Pair], *, scale: int, degradation: str) -> str:
     """One line for people: which images of a folder these are, how the degraded ones came about, what is not used.
 

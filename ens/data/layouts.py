@@ -1,7 +1,8 @@
 """How a data-set folder is laid out: which image is the clean twin of which, and where low resolution lies.
 
-Layouts, in upper or lower case: a flat folder of clean images; `input/ target/` or `blur/ sharp/`; for super-resolution
-`HR/` beside `LR_bicubic/X4/`, `LR/x4/`, `LRx4/`, `LR_x4/` or `LR/` with the scale in the file names (`001x4.png`).
+Layouts, in upper or lower case: a flat folder of clean images; `input/ target/` or `blur/ sharp/`, of any scale; for
+super-resolution `HR/` beside `LR_bicubic/X4/`, `LR/x4/`, `LRx4/`, `LR_x4/` or `LR/` with the scale in the file names
+(`001x4.png`).
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ def match_folder(root: Path, *, scale: int) -> list[PairPath]:
     folders = _list_folders(root)
     by_name = {folder.name.lower(): folder for folder in folders}
     for degraded, clean in _PAIR_FOLDERS:
-        if scale == 1 and degraded in by_name and clean in by_name:
+        if degraded in by_name and clean in by_name:
             return _match(list_images(by_name[clean]), {path: path.stem for path in list_images(by_name[degraded])})
     high = [folder for folder in folders if _HIGH.fullmatch(folder.name)] if scale > 1 else []
     if len(high) > 1:
         raise DataError(f"{show_name(root)} holds {_format_paths(high, root)}; give a folder with one of them")
     if folders and not high and not _holds_images(root):
-        known = _SR_LAYOUTS.format(scale) if scale > 1 else "input/ beside target/, or blur/ beside sharp/"
+        known = "input/ beside target/, blur/ beside sharp/" + (f", {_SR_LAYOUTS.format(scale)}" if scale > 1 else "")
         raise DataError(f"{show_name(root)} holds no images and has no layout that is known: clean images, or {known}")
     clean_paths = list_images(high[0] if high else root)
     low = _find_low(root, [folder for folder in folders if folder not in high], clean_paths,

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ens.data.folders import Pair, describe_images, load_pairs
+from ens.data.folders import Pair, describe_images, load_pairs, require_pairs
 from ens.data.images import (
     Fingerprint,
     FloatImage,
@@ -187,6 +187,8 @@ def load_validation_set(folder: str | Path, task: Task, *, channels: int = 3, cr
         raise ValueError(f"crops_per_image is at least 1, got {crops_per_image}")
     if crop_px is None and crops_per_image > 1:
         raise ValueError(f"crops_per_image is {crops_per_image}, but there is no crop_px; say how large the crops are")
+    if task.needs_pairs:
+        require_pairs(folder, scale=task.scale)
     pairs = load_pairs(folder, scale=task.scale, channels=channels, limit=limit, studio=task.studio)
     origin = describe_images(folder, pairs, scale=task.scale, degradation=task.degradation)
     if crop_px is not None:

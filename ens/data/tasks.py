@@ -1,11 +1,9 @@
-"""Tasks: a degradation with its parameters, and the names of the evaluation protocols that go with it."""
+"""TASKS: the tasks by name, and the one way to make one."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -25,58 +23,9 @@ from ens.data.degradations import (
 )
 from ens.data.folders import studio_luma
 from ens.data.images import FloatImage
+from ens.data.task import Task as Task
 
-VALIDATION_SEED = 2026
 _JPEG_GRID_PX = 16  # a 4:2:0 unit: two 8×8 blocks each way
-
-
-@dataclass(frozen=True)
-class Task(ABC):
-    """What every task offers. Images are float32 (H, W, C) in [0, 1]; noise alone may leave that range.
-
-    A patch degraded inside a window of `margin_px` clean pixels around it, the window starting at a multiple of
-    `grid_px`, equals the same patch of the degraded whole image when the degradation is not random.
-    """
-
-    name: ClassVar[str]
-    protocol_name: ClassVar[str]
-    degradation: ClassVar[str]
-    """What makes degraded images, in a few words."""
-    other_protocols: ClassVar[tuple[str, ...]] = ()
-    studio: ClassVar[bool] = False
-    """Whether one channel means studio luma, as the protocol has it, instead of full-range gray."""
-    seeding: ClassVar[str] = ""
-    """What seeds the degradation of validation images, for their fingerprint; "" where nothing is drawn."""
-
-    @property
-    def scale(self) -> int:
-        """Output height over input height."""
-        return 1
-
-    @property
-    def margin_px(self) -> int:
-        return 0
-
-    @property
-    def grid_px(self) -> int:
-        return self.scale
-
-    def prepare(self, clean: FloatImage) -> FloatImage:
-        """The target: `clean` cropped to a multiple of the scale (and reduced to luma where the protocol is gray)."""
-        height, width = clean.shape[0] // self.scale * self.scale, clean.shape[1] // self.scale * self.scale
-        return clean[:height, :width]
-
-    @abstractmethod
-    def degrade(self, clean: FloatImage, rng: np.random.Generator) -> FloatImage:
-        """Degrade a prepared image for training; everything random comes from `rng`."""
-
-    def degrade_for_validation(self, clean: FloatImage) -> FloatImage:
-        """Degrade a prepared image as the protocol says, or seeded by its pixels where it says nothing.
-
-        Neither the name nor the place of a file in its folder changes anything.
-        """
-        content = hashlib.sha256(np.ascontiguousarray(clean).tobytes()).digest()
-        return self.degrade(clean, np.random.default_rng((VALIDATION_SEED, int.from_bytes(content[:16], "big"))))
 
 
 @dataclass(frozen=True)
@@ -249,6 +198,36 @@ class Jpeg(Task):
         return np.broadcast_to(compress_jpeg(clean[..., :1], self.quality), clean.shape)
 
 
+@dataclass(frozen=True)
+class Paired(Task):
+    """Whatever lies between the images of `input/` and those of `target/`, `upscale` times larger.
+
+    Nothing is degraded here; `protocol`, one of PROTOCOLS, says what figures mean.
+    """
+
+    name: ClassVar[str] = "paired"
+    protocol_name: ClassVar[str] = "paired-rgb"
+    degradation: ClassVar[str] = "nothing"
+    needs_pairs: ClassVar[bool] = True
+    upscale: int = 1
+    protocol: str = protocol_name
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.upscale, int) or not 1 <= self.upscale <= 8:
+            raise ValueError(f"paired: upscale is a whole number from 1 to 8, got {self.upscale}")
+
+    @property
+    def scale(self) -> int:
+        return self.upscale
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        return (self.protocol,)
+
+    def degrade(self, clean: FloatImage, rng: np.random.Generator) -> FloatImage:
+        raise ValueError("the task paired degrades nothing: it takes pairs, input/ and target/")
+
+
 TASKS: dict[str, type[Task]] = {
     "denoise": Denoise,
     "derain": Derain,
@@ -256,13 +235,15 @@ TASKS: dict[str, type[Task]] = {
     "sr": SuperResolve,
     "csr": SuperResolveJpeg,
     "jpeg": Jpeg,
+    "paired": Paired,
 }
 
 
 def create_task(name: str, options: Mapping[str, object] | None = None) -> Task:
     """Task from its name and options: `create_task("denoise", {"sigma_255": 25})`.
 
-    The name may carry its usual numbers: `sr_x4`, `csr_x4_q10`, `jpeg_q10`, `denoise_s25`. Ranges are two numbers.
+    The name may carry its usual numbers: `sr_x4`, `csr_x4_q10`, `jpeg_q10`, `denoise_s25`, `paired_x2`. Ranges are two
+    numbers.
     Raises ValueError for an unknown name, an unknown option (naming the nearest) or a value out of range.
     """
     base, *suffixes = name.split("_")
@@ -298,8 +279,8 @@ def _as_value(task: str, key: str, value: object) -> object:
         return value
     if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, int | float) for part in value):
         return (float(value[0]), float(value[1]))
-    if value is None:
-        return None
+    if value is None or (key == "protocol" and isinstance(value, str)):
+        return value
     raise ValueError(f"task {task}: {key} is a number or a range of two numbers, got {value!r}")
 
 

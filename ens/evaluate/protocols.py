@@ -28,6 +28,8 @@ PROTOCOLS = {protocol.name: protocol for protocol in (
     Protocol("sr-rgb", "rgb", border_px=4),  # NTIRE efficient super-resolution
     Protocol("csr-y", "y", border_px=4),
     Protocol("jpeg-y", "gray"),
+    Protocol("paired-rgb", "rgb"),
+    Protocol("paired-y", "y"),
 )}
 
 
@@ -40,4 +42,4 @@ def find_protocol(name: str, *, scale: int = 1) -> Protocol:
 
 def task_protocols(task: Task) -> list[Protocol]:
     """Every protocol that people quote for a task, its own first."""
-    return [find_protocol(name, scale=task.scale) for name in (task.protocol_name, *task.other_protocols)]
+    return [find_protocol(name, scale=task.scale) for name in task.protocols]
