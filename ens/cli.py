@@ -46,6 +46,7 @@ app.command()(timings.bench)
 app.command()(starting.slots)
 app.command()(searching.search)
 app.command()(searching.pareto)
+app.command()(starting.init)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,9 +75,6 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
     "Change one key of the study, for instance search.budget=40. May be given several times."))]
 
 
-_imports: list[str] = []
-
-
 def _import_code(given: list[str] | None) -> list[str] | None:
     """Runs before the verb does; without --import nothing is loaded for it."""
     if given:
@@ -84,13 +82,16 @@ def _import_code(given: list[str] | None) -> list[str] | None:
 
         for code in given:
             import_code(code)
-            _imports.append(code)
     return given
 
 
 def spell(*words: str) -> str:
-    """A command to type next, with what this one imports."""
-    return shlex.join(["ens", *words, *(word for code in _imports for word in ("--import", code))])
+    """A command to type next, with what this one has imported."""
+    from ens.networks.own import list_imports
+
+    here = f"{Path.cwd()}{os.sep}"
+    codes = dict.fromkeys(code.removeprefix(here) for code in list_imports())
+    return shlex.join(["ens", *words, *(word for code in codes for word in ("--import", code))])
 
 
 Import = Annotated[list[str] | None, typer.Option("--import", metavar="FILE.py|MODULE", callback=_import_code, help=(

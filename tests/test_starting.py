@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import nn
 
+from ens.data.folders import load_pairs
 from ens.data.images import Photo, read_photo, write_photo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,15 +63,9 @@ TOKENS = MAPS.replace("""        return x + self.second(self.first(x).relu())
         return x + self.second(self.first(y).relu()).flatten(2).transpose(1, 2)
 
 class Net""").replace("(Block(dim)", "(TokenBlock(dim)")
-STUDY = """
-task: {name: denoise, sigma_255: 25}
-teacher: raw.pth
-choices: [conv×1, identity×1]
-data: {train: "builtin:photos", validation: "builtin:photos", crop_px: 32, limit: 1}
-distill: {steps: 3, batch_size: 2, patch_px: 16}
-search: {engine: exhaustive, objectives: [psnr_drop_db, macs], budget: 9, batch_size: 9}
-finetune: {steps: 2, phases: [[0, 16, 2]], taught_weight: 0.5}
-"""
+SMALL = {"choices": "[conv×1,identity×1]", "distill.steps": 3, "search.budget": 9, "finetune.steps": 2,
+         "finetune.phases": "[[0,16,2]]"}
+"""So that the road takes seconds."""
 
 
 def ens(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -92,6 +87,13 @@ def save_raw_weights(folder: Path) -> None:
                folder / "raw.pth")
 
 
+def save_photos(folder: Path) -> None:
+    """Two pieces of photos, 40 px high."""
+    folder.mkdir()
+    for pair in load_pairs("builtin:photos", limit=2):
+        write_photo(folder / f"{pair.name}.png", Photo(pair.clean[100:140, 100:148].copy()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [MAPS, TOKENS], ids=["maps", "tokens"])
 def test_a_network_nobody_knows_goes_the_whole_road(tmp_path: Path, code: str) -> None:
@@ -104,9 +106,17 @@ def test_a_network_nobody_knows_goes_the_whole_road(tmp_path: Path, code: str) -
     proposed = yaml.safe_load(listed.stdout.partition("In a study:")[2])
     assert proposed["network"] == {"name": "my_network:build", "dim": 8, "slots": ["blocks.0", "blocks.1"],
                                    "size_multiple": 2}
-    (tmp_path / "study.yaml").write_text(STUDY + yaml.safe_dump(proposed), encoding="utf-8")
 
-    done = ens("run", "study.yaml", "--out", "run", *imported, folder=tmp_path)
+    save_photos(tmp_path / "photos")
+    begun = ens("init", "--network", "my_network.py:build", "--set", "dim=8", "--data", "photos", "--task",
+                "denoise_s25", "--teacher", "raw.pth", folder=tmp_path)
+    assert begun.returncode == 0, begun.stderr
+    command = begun.stdout.partition("Next: ")[2].split()
+    assert command == ["ens", "run", "study.yaml", "--out", "run", *imported]
+    assert yaml.safe_load((tmp_path / "study.yaml").read_text(encoding="utf-8"))["network"] == proposed["network"]
+
+    done = ens(*command[1:], *(word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")),
+               folder=tmp_path)
     assert done.returncode == 0, done.stderr
     front = ens("pareto", "run", *imported, folder=tmp_path)
     assert front.returncode == 0 and "9 genotypes measured" in front.stdout, front.stderr
