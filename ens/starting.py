@@ -31,7 +31,7 @@ def slots(
 
     One image of noise is run through the network; time and multiply-adds of a submodule include what is inside it.
     """
-    found, study = _discover(network, options, size)
+    found, study = _discover(_name_network(network, options), size)
     listed = [one for one in found.candidates
               if every or one.name in found.slots or (one.time >= _SHOWN and not one.is_layer)]
     table = make_table(("submodule", "class", "sees", "slot"), ("calls", "parameters", "time %", "mult.-adds %"))
@@ -47,14 +47,22 @@ def slots(
     say(yaml.safe_dump({"network": study}, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None))
 
 
-def _discover(network: str, options: list[str] | None, size: int) -> tuple[Discovery, dict[str, Any]]:
-    """What a user's network is made of, and how a study names it with the proposed slots."""
+def _name_network(network: str, options: list[str] | None) -> dict[str, Any]:
+    """A network as a study names it, its code imported where a file was given."""
     from ens.config import parse_changes
+    from ens.networks.own import name_code
+
+    return {"name": name_code(network), **parse_changes(options or ())}
+
+
+def _discover(named: dict[str, Any], size: int) -> tuple[Discovery, dict[str, Any]]:
+    """What a user's network is made of, and how a study names it with the proposed slots."""
     from ens.networks import create_network
     from ens.networks.discover import discover_slots
-    from ens.networks.own import build_module, is_own, name_code, split_options
+    from ens.networks.own import build_module, is_own, split_options
 
-    name, given = name_code(network), parse_changes(options or ())
+    given = dict(named)
+    name = str(given.pop("name"))
     if not is_own(name):
         known = ", ".join(spec.name for spec in create_network(name, **given).slots)
         raise ValueError(f"{name} is a network of ens, whose slots are known: {known}")
@@ -92,17 +100,19 @@ def init(
     from ens.draft import comment_study, draft_study, relate_teacher
     from ens.export.hybrid import open_network
     from ens.networks import create_network
+    from ens.networks.own import is_own
     from ens.opened_study import OpenedStudy
 
     if out.exists():
         raise ConfigError(f"{out} exists; give another --out")
     if not (network or teacher):
         raise ConfigError("give --network, or --teacher with a checkpoint that ens knows, or both")
-    job, named = create_task(task), _discover(network, options, 128)[1] if network else {}
+    job, named = create_task(task), _name_network(network, options) if network else {}
+    if is_own(str(named.get("name", ""))):
+        named = _discover(named, 128)[1]
     described = dict(named)
     built = create_network(described.pop("name"), **described).eval() if named else open_network(str(teacher))
-    goals = dict(part for bound in bound_changes([text.replace(":", "=", 1) for text in budgets or ()])
-                 for part in [_split_bound(bound)])
+    goals = dict(map(_split_bound, bound_changes([text.replace(":", "=", 1) for text in budgets or ()])))
     draft = draft_study(built, task={"name": task}, scale=job.scale, data=data, validation=validation, report=report,
                         bounds=goals, folder=out.parent)
     values = {"name": out.stem, "network": named, **draft.values,

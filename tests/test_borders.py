@@ -20,7 +20,7 @@ from ens.networks.borders import find_size
 from ens.networks.slots import build_space
 from ens.networks.steps import Network
 from ens.networks.wrap import frame_network, wrap_network
-from ens.runtime.profiling import plan_profile
+from ens.runtime.profiling import _list_added, plan_profile
 from ens.space import parse_choice
 
 CHANNELS = 8
@@ -197,6 +197,22 @@ def test_own_slots_are_timed_once_where_they_differ_in_weights_alone() -> None:
     plan = plan_profile(tokens, build_space("own", tokens, choices=[parse_choice("conv×1")]), height=16, width=16,
                         checks=0, seed=0)
     assert len({entry["own×1"] for entry in plan.entries.values()}) == 1
+
+
+def test_own_slots_that_do_not_run_alone_are_timed_within_the_network() -> None:
+    """Tensors beside the map are there in the whole network only."""
+    _, network = wrap_tokens("beside a mask", blocks=2)
+    with pytest.raises(ValueError, match="they do not run alone"):
+        network.get_submodule(network.slot("blocks.0").module)(torch.rand(1, CHANNELS, 5, 7))
+    plan = plan_profile(network, build_space("own", network, choices=[parse_choice("conv×1")]), height=16, width=16,
+                        checks=0, seed=0)
+    parts = {part.name: part for group in plan.groups for part in group}
+    kept = parts[plan.entries["blocks.0"]["own×1"]].build()
+    image = torch.rand(1, 3, 16, 16)
+    expected = build_hybrid(network, {"blocks.1": create_stack("identity", CHANNELS, 1)})
+    assert torch.equal(kept.restore(image), expected.restore(image))
+    times = {"rest": [4.0, 5.0, 6.0], "within-blocks.0": [9.0, 4.5], "conv": [3.0]}
+    assert _list_added("within-blocks.0", times) == [4.0, 0.0] and _list_added("conv", times) == [3.0]
 
 
 def moves_between(path: Path, first: str, second: str) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -131,3 +133,84 @@ def test_a_network_nobody_knows_goes_the_whole_road(tmp_path: Path, code: str) -
     assert forgotten.returncode == 1
     assert forgotten.stderr == ("error: network 'my_network:build' is code outside ens: add --import my_network (or "
                                 "--import my_network.py, where it is a file)\n")
+
+
+UNET = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.second(self.first(x).relu())
+
+class UNet(nn.Module):
+    def __init__(self, dim=16):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, dim, 3, padding=1), nn.Conv2d(dim, 3, 3, padding=1)
+        self.encoder, self.latent, self.decoder = Block(dim), Block(2 * dim), Block(dim)
+        self.down, self.up = nn.Conv2d(dim, 2 * dim, 2, stride=2), nn.ConvTranspose2d(2 * dim, dim, 2, stride=2)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, image):
+        skip = self.encoder(self.stem(image))
+        return image + self.head(self.decoder(skip + self.up(self.latent(self.down(skip)))))
+"""
+TRAIN = """
+import time, cv2, numpy, torch
+from pathlib import Path
+from unet import UNet
+
+images = [[torch.from_numpy(cv2.imread(f"pairs/{place}/{path.name}").transpose(2, 0, 1).copy()) / 255
+           for place in ("input", "target")] for path in sorted(Path("pairs/input").iterdir())]
+torch.manual_seed(0)
+network, begun = UNet(), time.process_time()
+optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
+while time.process_time() < begun + 15:
+    pairs = []
+    for _ in range(8):
+        given, wanted = images[torch.randint(len(images), ())]
+        top, left = (int(torch.randint(side - 48 + 1, ())) for side in given.shape[1:])
+        pairs.append([image[:, top:top + 48, left:left + 48] for image in (given, wanted)])
+    given, wanted = (torch.stack(part) for part in zip(*pairs))
+    optimizer.zero_grad()
+    (network(given) - wanted).square().mean().backward()
+    optimizer.step()
+torch.save(network.state_dict(), "unet.pth")
+"""
+
+
+@pytest.mark.slow
+def test_pairs_of_a_degradation_nobody_knows_are_restored_by_a_hybrid(tmp_path: Path) -> None:
+    """JPEG over blur, a plain U-Net trained by a script of the user's: three commands to a file that helps."""
+    rng = np.random.default_rng(0)
+    for split, photos in (("pairs", "builtin:train-photos"), ("others", "builtin:validation-photos")):
+        for place in ("input", "target"):
+            (tmp_path / split / place).mkdir(parents=True)
+        for index, pair in enumerate(load_pairs(photos) * 4):
+            top, left = (int(rng.integers(side - 96)) for side in pair.clean.shape[:2])
+            clean = pair.clean[top:top + 96, left:left + 96].copy()
+            write_photo(tmp_path / split / "target" / f"{index}.png", Photo(clean))
+            blurred = cv2.GaussianBlur(clean, (0, 0), 1.2)
+            coded = cv2.imencode(".jpg", blurred[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 25])[1]
+            write_photo(tmp_path / split / "input" / f"{index}.png", Photo(cv2.imdecode(coded, 1)[..., ::-1].copy()))
+    (tmp_path / "unet.py").write_text(UNET, encoding="utf-8")
+    subprocess.run([sys.executable, "-c", TRAIN], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+
+    begun = ens("init", "--network", "unet.py:UNet", "--teacher", "unet.pth", "--data", "pairs", "--validation",
+                "others", "--task", "paired", folder=tmp_path)
+    assert begun.returncode == 0, begun.stderr
+    small = {"choices": "[conv×1,rep×1]", "distill.steps": 60, "search.budget": 9, "finetune.steps": 60,
+             "distill.patch_px": 32, "finetune.phases": "[[0,32,8]]"}
+    done = ens("run", "study.yaml", "--out", "run", "--import", "unet.py",
+               *(word for key, value in small.items() for word in ("--set", f"{key}={value}")), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model = next((tmp_path / "run" / "export").glob("*.onnx"))
+    scored = ens("evaluate", "--checkpoint", str(model), "--data", "others", "--task", "paired", folder=tmp_path)
+    gain = re.search(r"gain ([+-][\d.]+) dB", scored.stdout)
+    assert gain is not None and "protocol paired-rgb" in scored.stdout, scored.stderr
+    assert float(gain[1]) >= 0 or "below the degraded input" in done.stderr

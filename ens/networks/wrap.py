@@ -164,7 +164,7 @@ def _probe_slots(network: FramedNetwork, names: Sequence[str], size: tuple[int, 
             raise ValueError(f"slot {name!r} is called {len(found)} times in a pass; it must be called once")
         if found[0].reason:
             raise ValueError(f"slot {name!r} {found[0].reason}; a slot keeps the shape of one map")
-    for one, other in zip(visits, again, strict=True):
+    for one, other in zip(visits, again, strict=False):
         if differ(one.beside, other.beside):
             raise ValueError(f"slot {one.name!r} {READS_IMAGE}")
     return visits

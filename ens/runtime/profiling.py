@@ -10,6 +10,7 @@ plan, files and a runner that needs no `ens`.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import shutil
@@ -27,13 +28,15 @@ from ens.atomic import atomic_path, write_atomic
 from ens.blocks.rep import fold_blocks
 from ens.evaluate.latency import Check, Entry, LatencyError, LatencyTable, Protocol, checked_genotypes
 from ens.export.formats import FORMATS, RUNTIMES, describe_network
+from ens.networks.borders import MapView
 from ens.networks.steps import Network, RowNetwork, SlotSpec, create_filling
 from ens.runtime import runner
 from ens.runtime.bench import quartiles
 from ens.space import Choice, Genotype, SearchSpace, format_genotype, parse_genotype
 
-# Prefixes of the names of hybrids that are timed whole.
-_FITTED, _CHECKED = "fit-", "hybrid-"
+# Prefixes of the names of hybrids that are timed whole; the last is the network with one slot filled, by the user's own
+# blocks, which do not run alone: what they take is what they add to the network with all slots empty.
+_FITTED, _CHECKED, _WITHIN = "fit-", "hybrid-", "within-"
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,17 @@ def plan_profile(network: Network, space: SearchSpace, *, height: int, width: in
         shape = (1, spec.channels, height // spec.downscale, width // spec.downscale)
         entries[slot.name] = {}
         for choice in slot.choices:
+            if choice.teacher and not _runs_alone(network.get_submodule(spec.module)):
+                continue
             stem = _name_part(network, spec, choice)
             name = entries[slot.name][choice.label] = f"{stem}-{shape[2]}x{shape[3]}"
             groups.setdefault(shape, {})[name] = Part(name, stem, shape, _slot_builder(network, spec, choice))
     image = (1, network.in_channels, height, width)
     whole = [Part("rest", "rest", image, lambda: _build_hybrid(network, space, None))]
+    for slot in space.slots:
+        if not _runs_alone(network.get_submodule(network.slot(slot.name).module)):
+            name = entries[slot.name][slot.choices[0].label] = f"{_WITHIN}{slot.name}"
+            whole.append(Part(name, name, image, functools.partial(_build_hybrid, network, space, None, slot.name)))
     timed = checked_genotypes(space, checks + checks // 4, seed)
     for index, genotype in enumerate(timed):
         name = f"{_FITTED if index < len(timed) // 5 else _CHECKED}{format_genotype(genotype)}"
@@ -136,13 +145,18 @@ def _hybrid_builder(network: Network, space: SearchSpace, genotype: Genotype) ->
     return lambda: _build_hybrid(network, space, genotype)
 
 
-def _build_hybrid(network: Network, space: SearchSpace, genotype: Genotype | None) -> Network:
-    """A whole network on random weights; every slot of the space is empty without a genotype."""
+def _runs_alone(module: nn.Module) -> bool:
+    """Whether blocks need nothing but their map."""
+    return not (isinstance(module, MapView) and module.form.is_live)
+
+
+def _build_hybrid(network: Network, space: SearchSpace, genotype: Genotype | None, kept: str = "") -> Network:
+    """A whole network on random weights; without a genotype every slot of the space is empty but the one `kept`."""
     fillings: dict[str, nn.Module] = {}
     for position, slot in enumerate(space.slots):
-        spec = network.slot(slot.name)
-        fillings[slot.name] = nn.Sequential() if genotype is None else _fill(
-            network, spec, slot.choices[genotype[position]])
+        index = genotype[position] if genotype else 0
+        fillings[slot.name] = _fill(network, network.slot(slot.name), slot.choices[index]) if (
+            genotype or slot.name == kept) else nn.Sequential()
     whole = copy.deepcopy(network)
     for name in fillings:
         whole.fill(name, nn.Sequential())
@@ -220,13 +234,19 @@ def read_results(path: Path, space: SearchSpace) -> LatencyTable:
         image = plan["groups"][0][0]["shape"]
         protocol = Protocol(runtime=plan["runtime"], threads=plan["threads"], dtype="float32", height=image[2],
                             width=image[3], repeats=plan["passes"] * plan["repeats"], **results.facts)
-        slots = {slot: {label: _summarise(times[name]) for label, name in choices.items()}
+        slots = {slot: {label: _summarise(_list_added(name, times)) for label, name in choices.items()}
                  for slot, choices in plan["entries"].items()}
     except (OSError, UnicodeDecodeError, ValidationError, KeyError, IndexError, TypeError) as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise
         raise LatencyError(f"{path} is no result of a runner ({' '.join(str(error).split())[:200]})") from None
     return _assemble(space, protocol, slots, times)
+
+
+def _list_added(name: str, times: Mapping[str, Sequence[float]]) -> list[float]:
+    """Milliseconds of what was timed alone, or of what it adds to the network with all slots empty."""
+    rest = statistics.median(times["rest"]) if name.startswith(_WITHIN) else 0.0
+    return [max(0.0, spent - rest) for spent in times[name]]
 
 
 def _assemble(space: SearchSpace, protocol: Protocol, slots: dict[str, dict[str, Entry]],
