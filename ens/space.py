@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -163,8 +164,12 @@ class SearchSpace:
 
     def allows(self, genotype: Genotype) -> bool:
         """Whether a search may measure this genotype; `search.bounds` narrows that."""
-        return not any((slot.closed and index == 0) or index in slot.shut
-                       for index, slot in zip(genotype, self.slots, strict=True))
+        return self._is_unrestricted or not any((slot.closed and index == 0) or index in slot.shut
+                                        for index, slot in zip(genotype, self.slots, strict=True))
+
+    @cached_property
+    def _is_unrestricted(self) -> bool:
+        return not any(slot.closed or slot.shut for slot in self.slots)
 
     def repair(self, genotype: Genotype, rng: np.random.Generator) -> Genotype:
         """A genotype that is allowed, like the given one in as many slots as possible."""

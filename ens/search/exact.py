@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import moocore
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from ens.search.additive import find_additive_front
@@ -16,7 +17,7 @@ from ens.search.predictor import Array, Belief, Encoding, Predictor, count_learn
 from ens.space import Genotype, SearchSpace, Tally
 
 Entry = TypeVar("Entry")
-_MOST = 2048
+_MOST = 1024
 """Candidates of one ask."""
 _MOST_CELLS = 64
 """Front members that divide a cost axis, where several costs are searched."""
@@ -107,36 +108,40 @@ class ExactEngine:
             return list(ledger.unseen(space.enumerate(), beside=pending))
         front = [genotype for genotype, keep in zip(genotypes, moocore.is_nondominated(values), strict=True) if keep]
         sources = (itertools.islice(ledger.unseen(self._predicted_front(quality, values.shape[1])), most // 4),
-                   itertools.islice(ledger.neighbours(front), most // 2), self._mutate(front, rng), self._draw(rng))
+                   itertools.islice(ledger.neighbours(front), most // 2), self._mutate(front, rng),
+                   map(tuple, self._draw(most, rng).tolist()))
         found = list(itertools.islice(ledger.unseen(itertools.chain(*sources), beside=pending), most))
         return found if len(found) >= n else found + ledger.uniform(n - len(found), beside=[*pending, *found], rng=rng)
 
     def _predicted_front(self, quality: Predictor, objectives: int) -> list[Genotype]:
         """The front of predicted quality against each cost alone, in an order that spreads over it."""
         alone, pairs = quality.explain()
+        opened = [np.array(slot.open) for slot in self._ledger.space.slots]
+        joint = [np.stack([pair[np.ix_(*both)], np.zeros([len(row) for row in both])], axis=-1)
+                 for pair, both in zip(pairs, itertools.pairwise(opened), strict=True)]
         found: list[Genotype] = []
         for tally in self._costs[1:objectives]:
             if tally is None or tally.is_maximum:
                 continue
-            entries = [np.column_stack([effect, row]) for effect, row in zip(alone, tally.entries, strict=True)]
-            joint = [np.stack([pair, np.zeros_like(pair)], axis=-1) for pair in pairs]
-            front = find_additive_front(entries, joint)[0]
+            entries = [np.column_stack([effect, row])[allowed]
+                       for effect, row, allowed in zip(alone, tally.entries, opened, strict=True)]
+            front = [tuple(int(allowed[index]) for index, allowed in zip(genotype, opened, strict=True))
+                     for genotype in find_additive_front(entries, joint)[0]]
             spread = sorted(range(len(front)), key=lambda index: int(f"{index:032b}"[::-1], 2))
             found += [front[index] for index in spread]
         return found
 
     def _mutate(self, front: Sequence[Genotype], rng: np.random.Generator) -> Iterator[Genotype]:
         """Front members with two slots changed at random."""
-        sizes = np.array(self._ledger.space.sizes)
-        rows = np.array(front)[rng.integers(len(front), size=_MOST // 4)]
+        rows, drawn = np.array(front)[rng.integers(len(front), size=_MOST // 4)], self._draw(_MOST // 4, rng)
         for _ in range(2):
-            slots = rng.integers(len(sizes), size=len(rows))
-            rows[np.arange(len(rows)), slots] = rng.integers(sizes[slots])
+            slots = rng.integers(rows.shape[1], size=len(rows))
+            rows[np.arange(len(rows)), slots] = drawn[np.arange(len(rows)), slots]
         return map(tuple, rows.tolist())
 
-    def _draw(self, rng: np.random.Generator) -> Iterator[Genotype]:
-        """Uniform genotypes, whether a bound allows them or not."""
-        return map(tuple, rng.integers(self._ledger.space.sizes, size=(_MOST, len(self._ledger.space.sizes))).tolist())
+    def _draw(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Uniform genotypes (count, S), whether a bound allows them or not."""
+        return np.column_stack([rng.choice(slot.open, size=count) for slot in self._ledger.space.slots])
 
 
 class _Chooser:

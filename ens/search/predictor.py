@@ -24,6 +24,10 @@ _GROWTH = 1.15
 """From one learning of the variances to the next. They are learned of that many genotypes and no more, so a prediction
 follows from what was measured, in order, and not from how often it was asked for."""
 _JITTER = 1e-8
+_FEWEST, _MOST = 20, 400
+"""Measurements that a predictor is judged by."""
+_NOT_ADDITIVE = 1.25
+"""Error of sums over slots, relative to the predictor's, from which on a space does not count as additive."""
 
 
 class Encoding:
@@ -198,3 +202,14 @@ def judge_predictor(sizes: Sequence[int], genotypes: Sequence[Genotype], values:
     additive = np.abs((values - hat @ values) / np.maximum(1 - np.diag(hat), 1e-9))
     return (float(kendalltau(predicted, values).statistic), float(np.abs(predicted - values).mean()),
             float(additive.mean()))
+
+
+def describe_fit(sizes: Sequence[int], genotypes: Sequence[Genotype], values: Array) -> str:
+    """A sentence on how well drops (N,) in dB follow from each other, "" where too few are measured to say."""
+    if len(genotypes) < _FEWEST:
+        return ""
+    tau, error, additive = judge_predictor(sizes, genotypes[:_MOST], values[:_MOST])
+    text = f"predicted from the others, a drop is {error:.2f} dB off (Kendall tau {tau:.2f})"
+    if additive > _NOT_ADDITIVE * error:
+        text += f"; the space is not additive: by sums over slots it would be {additive:.2f} dB off"
+    return text
