@@ -170,7 +170,8 @@ images = [[torch.from_numpy(cv2.imread(f"pairs/{place}/{path.name}").transpose(2
 torch.manual_seed(0)
 network, begun = UNet(), time.process_time()
 optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
-while time.process_time() < begun + 15:
+while (spent := (time.process_time() - begun) / 25) < 1:
+    optimizer.param_groups[0]["lr"] = 2e-3 * (1 - spent)
     pairs = []
     for _ in range(8):
         given, wanted = images[torch.randint(len(images), ())]
@@ -180,7 +181,7 @@ while time.process_time() < begun + 15:
     optimizer.zero_grad()
     (network(given) - wanted).square().mean().backward()
     optimizer.step()
-torch.save(network.state_dict(), "unet.pth")
+torch.save({"model": network.state_dict()}, "unet.pth")
 """
 
 
@@ -191,12 +192,12 @@ def test_pairs_of_a_degradation_nobody_knows_are_restored_by_a_hybrid(tmp_path: 
     for split, photos in (("pairs", "builtin:train-photos"), ("others", "builtin:validation-photos")):
         for place in ("input", "target"):
             (tmp_path / split / place).mkdir(parents=True)
-        for index, pair in enumerate(load_pairs(photos) * 4):
-            top, left = (int(rng.integers(side - 96)) for side in pair.clean.shape[:2])
-            clean = pair.clean[top:top + 96, left:left + 96].copy()
+        for index, pair in enumerate(load_pairs(photos) * 2):
+            top, left = (int(rng.integers(side - 192)) for side in pair.clean.shape[:2])
+            clean = pair.clean[top:top + 192, left:left + 192].copy()
             write_photo(tmp_path / split / "target" / f"{index}.png", Photo(clean))
-            blurred = cv2.GaussianBlur(clean, (0, 0), 1.2)
-            coded = cv2.imencode(".jpg", blurred[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 25])[1]
+            blurred = cv2.GaussianBlur(clean, (0, 0), 1.6)
+            coded = cv2.imencode(".jpg", blurred[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 70])[1]
             write_photo(tmp_path / split / "input" / f"{index}.png", Photo(cv2.imdecode(coded, 1)[..., ::-1].copy()))
     (tmp_path / "unet.py").write_text(UNET, encoding="utf-8")
     subprocess.run([sys.executable, "-c", TRAIN], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
