@@ -156,7 +156,7 @@ def main() -> None:
         write_measured(arguments.run, demo)
     if demo.exists():
         tables["denoise_demo"] = load_table(demo, ("psnr_drop_db", "latency_ms@one"))
-    known = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    known = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()] if record.exists() else []
     done = {(line["table"], line["engine"], line["seed"]) for line in known}
     for seed, name, engine in itertools.product(range(arguments.seeds), tables, arguments.engines):
         if (name, engine, seed) not in done:

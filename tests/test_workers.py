@@ -220,8 +220,8 @@ SMALL = ("--set", "search.engine=random", "--set", "search.batch_size=1", "--set
 def ens(*words: object) -> subprocess.Popen[str]:
     """The command in a process of its own, with one thread."""
     return subprocess.Popen([sys.executable, "-c", "from ens.cli import main; main()", *map(str, words)],
-                            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT,
-                            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+                            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, encoding="utf-8",
+                            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.slow
