@@ -149,7 +149,7 @@ def export(run: RunFolder, pick: str = "knee", control: Control = QUIET, *, form
     """
     from ens.companions import check_companions, write_companions
     from ens.export.card import export_file, list_targets
-    from ens.export.formats import ExportError, ParityError
+    from ens.export.formats import ExportError, ParityError, TracingError
 
     genotype, paths, targets = run.pick(pick), [], list_targets(run.skeleton, formats, size)
     check_companions(run, genotype, companions, formats=formats, fixed=size is not None)
@@ -162,6 +162,8 @@ def export(run: RunFolder, pick: str = "knee", control: Control = QUIET, *, form
                         runtimes=runtimes, on_event=control.say)
         except ParityError as error:
             raise ExportError(f"{error}; {run.blame(genotype, error, suffix)}") from error
+        except TracingError as error:
+            raise ExportError(f"{error}; {run.exclude(genotype, hybrid, suffix)}") from error
         paths.append(target)
     run.mark_invalid(genotype, "")
     save_hybrid(run.hybrids.weights(genotype), hybrid, choices=run.space.replaced(genotype), facts=facts)

@@ -246,6 +246,22 @@ class RunFolder(OpenedStudy):
         self.mark_invalid(genotype, f"export failed: {error}")
         return f"{name} is marked invalid and leaves the front"
 
+    def exclude(self, genotype: Genotype, hybrid: Network, suffix: str) -> str:
+        """Mark every genotype that has what this one's ONNX file fails on; say which slots these are."""
+        from ens.export.culprits import list_culprits
+
+        slots = {slot.name: place for place, slot in enumerate(self.space.slots)}
+        found = list_culprits(hybrid, list(slots), suffix)
+        named = ", ".join(f"{name} ({self.space.slots[slots[name]].choices[genotype[slots[name]]].label})"
+                          for name in found)
+        if not found or suffix != ".onnx":
+            return f"the cause is {named}" if found else "no slot is the cause, so it lies between them"
+        alike = [other for other in self.archive.known() if any(
+            other[slots[name]] == genotype[slots[name]] for name in found)]
+        for other in alike:
+            self.mark_invalid(other, f"export failed on {named}")
+        return f"the cause is {named}; the {len(alike)} genotypes with it are marked invalid and leave the front"
+
     def unmark(self, text: str) -> None:
         """Put a genotype back that was marked invalid after its measurement; raises ValueError where it was not."""
         marked = self.archive.marked

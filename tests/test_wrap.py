@@ -17,6 +17,8 @@ from ens.data.pairs import Patches
 from ens.data.tasks import create_task
 from ens.distill.fit import train_network
 from ens.distill.recipe import Phase, Recipe
+from ens.export.culprits import list_culprits
+from ens.export.formats import ExportError
 from ens.export.hybrid import build_hybrid, open_network, save_hybrid
 from ens.networks import create_network, wrap
 from ens.networks.checkpoints import load_checkpoint, save_checkpoint
@@ -197,3 +199,48 @@ def test_wrong_slots_say_what_is_wrong() -> None:
         wrap_network(OwnNetwork(), slots=["outer"], name="own", upscale=2)
     with pytest.raises(ValueError, match="no module is wrapped as 'other'"):
         create_network("wrapped", wrapped_as="other")
+
+
+class Deciding(nn.Module):
+    """Reads a value to decide by, which no exporter can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mix(x)
+        return x + (y if float(y.mean()) > 0 else 2 * y)
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.plain, self.deciding = Residual(8), Deciding()
+        nn.init.normal_(self.head.weight, std=1e-3)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image + self.head(self.deciding(self.plain(self.stem(image))))
+
+
+def test_the_slot_that_cannot_be_exported_is_named() -> None:
+    network = wrap_network(Mixed(), slots=["plain", "deciding"], name="mixed").eval()
+    assert list_culprits(network, ["plain", "deciding"], ".onnx") == ["deciding"]
+    filled = build_hybrid(network, {"deciding": create_stack("conv", 8, 1)})
+    assert list_culprits(filled, ["plain", "deciding"], ".onnx") == []
+
+
+@pytest.mark.slow
+def test_only_genotypes_with_the_slot_that_cannot_be_exported_leave_the_front(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "own.safetensors", wrap_network(Mixed(), slots=["plain", "deciding"], name="mixed"))
+    (tmp_path / "own.yaml").write_text(STUDY.replace("denoise, sigma_255: 25", "denoise, sigma_255: 50"),
+                                       encoding="utf-8")
+    run = RunFolder.start(load_study(tmp_path / "own.yaml"), tmp_path / "run")
+    pipeline.search(run)
+    with pytest.raises(ExportError, match=r"the cause is deciding \(own×1\); the 3 genotypes with it are marked"):
+        pipeline.export(run, "1-0")
+    assert set(run.archive.marked) == {(0, 0), (1, 0), (2, 0)}
+    assert pipeline.export(run, "0-1")[0].exists()

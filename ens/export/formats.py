@@ -34,6 +34,10 @@ class MissingRuntime(ExportError):
     """A runtime that is not installed; the message says how to."""
 
 
+class TracingError(ExportError):
+    """A network that the exporter of a format cannot take: its code is to blame, whatever its weights."""
+
+
 class ParityError(ExportError):
     """A file that runs and does not reproduce its network: the one failure that weights may be to blame for."""
 
@@ -198,7 +202,7 @@ def write_checked(network: Network, path: str | Path, *, photo: Tensor, toleranc
         raise ValueError(f"facts may not be called {', '.join(taken)}; these names describe the file")
     with atomic_path(path) as temporary:
         say("export: tracing the network; each kind of block takes a few seconds")
-        with _translated(f"the network cannot be exported to {path.suffix}"):
+        with _translated(f"the network cannot be exported to {path.suffix}", TracingError):
             kind.write(fold_blocks(network), temporary, {**metadata, **(facts or {})}, size, say)
         say("export: comparing the file with PyTorch")
         with _translated("the exported file does not run"):
@@ -219,15 +223,15 @@ def describe_network(network: Network, size: Size | None = None) -> dict[str, st
 
 
 @contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """Exporters' and runtimes' errors, which share no public class, as ExportError; shortages as what they are."""
+def _translated(what: str, kind: type[ExportError] = ExportError) -> Iterator[None]:
+    """Exporters' and runtimes' errors, which share no public class, as a `kind`; shortages as what they are."""
     try:
         yield
     except (MemoryError, OSError, ExportError):
         raise
     except Exception as failure:
         raise_shortage(failure)
-        raise ExportError(f"{what}: {first_line(failure.__cause__ or failure)}") from failure
+        raise kind(f"{what}: {first_line(failure.__cause__ or failure)}") from failure
 
 
 def measure_parity(network: Network, *runs: Callable[[Tensor], Tensor], photo: Tensor,
