@@ -33,9 +33,17 @@ def measure(run: RunFolder, control: Control, *, jobs: int, deterministic: bool)
 
     Raises Interrupted where the user stopped it, what a job died of where the others could not go on without it.
     """
-    threads = run.study.threads or (1 if deterministic else max(1, torch.get_num_threads() // jobs))
-    if jobs > 1 or deterministic:  # PSNRs differ in their last digits between numbers of threads
-        torch.set_num_threads(threads)
+    before = torch.get_num_threads()
+    threads = run.study.threads or (1 if deterministic else max(1, before // jobs))
+    try:
+        if deterministic:  # PSNRs differ in their last digits between numbers of threads
+            torch.set_num_threads(threads)
+        _measure(run, control, jobs, threads, deterministic)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(run: RunFolder, control: Control, jobs: int, threads: int, deterministic: bool) -> None:
     with run.recording() as archive:
         done = len(archive.known())
         for line in filter(None, (run.validation.origin, run.baseline.left_out, done and f"goes on after {done}")):

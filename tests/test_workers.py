@@ -42,7 +42,7 @@ FORK = multiprocessing.get_context("fork")  # nothing is imported anew
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """URL of a PostgreSQL server on a socket in a temporary folder."""
+    """URL of a PostgreSQL server on a socket in a temporary folder; it takes 16 connections."""
     if not BINARIES:
         pytest.skip("PostgreSQL is not installed")
     folder = Path(tempfile.mkdtemp(prefix="ens-", dir="/tmp"))
@@ -53,7 +53,8 @@ def server() -> Iterator[str]:
     subprocess.run([BINARIES[0] / "initdb", "--no-sync", "--auth=trust", "--username=ens", "--encoding=UTF8", data],
                    user=user, cwd=folder, check=True, capture_output=True)
     process = subprocess.Popen(
-        [BINARIES[0] / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-c", "fsync=off"],
+        [BINARIES[0] / "postgres", "-D", data, "-k", folder, "-c", "listen_addresses=", "-c", "fsync=off",
+         "-c", "max_connections=16"],
         user=user, cwd=folder, stderr=subprocess.DEVNULL)
     url = f"postgresql+psycopg://ens@/postgres?host={folder}"
     try:
@@ -114,10 +115,12 @@ def start(target: Callable[..., None], *arguments: object) -> multiprocessing.pr
     return process
 
 
-def test_sixteen_workers_repeat_nothing_keep_the_budget_and_few_connections(storage: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_more_workers_than_a_server_has_connections_repeat_nothing_and_keep_the_budget(storage: str,
+                                                                                    tmp_path: Path) -> None:
     log, most = tmp_path / "log", 0
     opened(storage).close()
-    workers = [start(work, storage, log, 64, "random", 1, 16, False, 0.02) for _ in range(16)]
+    workers = [start(work, storage, log, 96, "random", 1, 24, False, 0.02) for _ in range(24)]
     watching = connect_engine(storage).connect().execution_options(isolation_level="AUTOCOMMIT")
     while any(worker.is_alive() for worker in workers):
         if watching.dialect.name == "postgresql":
@@ -125,12 +128,12 @@ def test_sixteen_workers_repeat_nothing_keep_the_budget_and_few_connections(stor
                 "select count(*) from pg_stat_activity where datname = current_database()")).scalar_one())
         time.sleep(0.02)
     watching.close()
-    assert [worker.exitcode for worker in workers] == [0] * 16
+    assert [worker.exitcode for worker in workers] == [0] * 24
     lines = log.read_text(encoding="ascii").splitlines()
-    assert len(lines) == len({line.split()[1] for line in lines}) == len(read_archive(storage).known()) == 64
-    assert most <= 16 + 4, "one a worker; the one that opens has two more, this test one"
+    assert len(lines) == len({line.split()[1] for line in lines}) == len(read_archive(storage).known()) == 96
+    assert most <= 16, "the server has no more"
     study = optuna.load_study(study_name="ens", storage=storage)
-    assert [trial.number for trial in study.trials] == list(range(64))
+    assert [trial.number for trial in study.trials] == list(range(96))
     assert len({trial.user_attrs["worker"] for trial in study.trials}) > 1
 
 
@@ -258,6 +261,29 @@ def test_jobs_share_the_work_and_one_that_dies_is_replaced(tmp_path: Path) -> No
         study_name="ens", storage=f"sqlite:///{path}/archive.db").trials]
     assert len({one["genotype"] for one in measured}) == len(measured) == 60
     assert len({one["worker"] for one in measured}) == 2
+
+
+@pytest.mark.slow
+def test_one_seed_is_one_answer_with_one_job_and_with_two(tmp_path: Path) -> None:
+    """The whole command on networks; values to the last bit."""
+    answers = []
+    for jobs in (1, 2):
+        run = ens("search", "demo", "--out", tmp_path / str(jobs), "--jobs", jobs, "--deterministic", *SMALL,
+                  "--set", "search.budget=24", "--set", "search.batch_size=6", "--set", "search.engine=nsga2")
+        assert run.stderr is not None
+        said = run.stderr.read()
+        assert run.wait() == 0, said
+        answers.append(sorted((one.genotype, one.psnr_db, sorted(one.values.items()))
+                              for one in read_archive(tmp_path / str(jobs) / "archive.db").measurements()))
+    assert len(answers[0]) == 24 and answers[0] == answers[1]
+
+
+def test_a_server_that_does_not_answer_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    run = ens("search", "demo", "--out", tmp_path / "run", "--storage", f"postgresql+psycopg://me:word@/x?host={tmp_path}")
+    assert run.stderr is not None
+    said = run.stderr.read()
+    assert run.wait() == 1 and "cannot be reached: connection failed" in said and "word" not in said
+    assert not (tmp_path / "run").exists()
 
 
 def names_in(storage: str) -> set[str]:

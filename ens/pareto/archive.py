@@ -12,6 +12,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -37,8 +39,8 @@ from ens.pareto.records import (
     to_json,
     to_trial,
 )
-from ens.pareto.storage import ArchiveMismatch, Storage, reason_of
-from ens.pareto.trials import Trials
+from ens.pareto.storage import ArchiveDamaged, ArchiveMismatch, Storage, is_crowded, reason_of
+from ens.pareto.trials import SERVER_WAITS_S, Trials
 from ens.space import Genotype, Measurement, SearchSpace, format_genotype
 
 # Optuna logs every new study at INFO to stderr, where progress bars live.
@@ -238,7 +240,18 @@ def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequenc
     archive, ArchiveLocked where another process does not stop writing to it.
     """
     stored = json.loads(json.dumps({**manifest, "objectives": list(objectives), **space_manifest(space)}))
-    place = Storage(storage)
+    for wait_s in (*SERVER_WAITS_S, None):
+        try:
+            return _open(Storage(storage), stored, baseline, name)
+        except ArchiveDamaged as error:
+            if wait_s is None or not is_crowded(error):
+                raise
+            time.sleep(wait_s * random.uniform(0.5, 1.5))
+    raise AssertionError("the last try returns or raises")
+
+
+def _open(place: Storage, stored: Mapping[str, Any], baseline: Baseline | None, name: str) -> Archive:
+    objectives = stored["objectives"]
     with place.alone():
         study, trials = place.create_study(name, len(objectives))
         found = study.user_attrs.get(_MANIFEST)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,6 +23,8 @@ from ens.shortage import is_shortage
 _LONGEST_PATH = 503
 # Making the tables takes a second; hundreds of workers that start together wait for one another.
 _OPENING_S = 120
+# What PostgreSQL says where all connections are taken.
+_CROWDED = ("too many clients", "remaining connection slots")
 
 # What a study is read from; Optuna makes more.
 _TABLES = {"studies", "study_user_attributes", "study_directions", "trials", "trial_user_attributes", "trial_params",
@@ -54,13 +58,18 @@ class Storage:
         return self._printed
 
     def check(self) -> None:
-        """Raises ValueError for a database that nothing here can write to; no connection is made."""
+        """Raises ValueError for a database that nothing here can write to, or a server that does not answer."""
         try:
-            sqlalchemy.create_engine(self.url).dispose()
+            engine = connect_engine(self.url)
+            if self.path is None:
+                engine.connect().close()
         except sqlalchemy.exc.ArgumentError as error:
             raise ValueError(f"storage {self}: {reason_of(error)}") from None
         except ModuleNotFoundError as error:
             raise ValueError(f"storage {self} needs the Python package {error.name}, which is not installed") from None
+        except sqlalchemy.exc.OperationalError as error:
+            if not is_crowded(error):
+                raise ValueError(f"storage {self} cannot be reached: {reason_of(error)}") from None
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -71,14 +80,23 @@ class Storage:
             with acquire_lock(self.path, wait_s=_OPENING_S):
                 yield
         elif sqlalchemy.make_url(self.url).get_backend_name() == "postgresql":
-            engine = connect_engine(self.url)
-            with self.opening():
-                connection = engine.connect()
-            with connection:
-                connection.execute(sqlalchemy.text("select pg_advisory_lock(hashtext('ens'))"))
+            with self._lock_server():
                 yield
         else:
             yield
+
+    def _lock_server(self) -> sqlalchemy.Connection:
+        """A connection that holds the lock while it is open; who waits for it holds none."""
+        engine, lock = connect_engine(self.url), sqlalchemy.text("select pg_try_advisory_lock(hashtext('ens'))")
+        last = time.monotonic() + _OPENING_S
+        while time.monotonic() < last:
+            with self.opening():
+                connection = engine.connect()
+                if connection.execute(lock).scalar_one():
+                    return connection
+                connection.close()
+            time.sleep(random.uniform(0.02, 0.2))
+        raise ArchiveLocked(f"{self} has been opened by others for {_OPENING_S} seconds; start again, fewer at a time")
 
     def has_tables(self) -> bool:
         """Whether it has the tables of an Optuna study; nothing is written. False for a file that is absent or empty,
@@ -182,6 +200,11 @@ def acquire_lock(path: Path, *, wait_s: float = 0, on_wait: Callable[[str], None
         raise ArchiveLocked(f"{path} is being written by {holder}; wait for it or stop it") from None
     lock_path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
     return lock
+
+
+def is_crowded(error: BaseException | None) -> bool:
+    """Whether a server refused a connection because others have all there are."""
+    return error is not None and (any(words in str(error) for words in _CROWDED) or is_crowded(error.__cause__))
 
 
 def reason_of(error: BaseException) -> str:

@@ -36,7 +36,7 @@ _ATTRS = Table("trial_user_attributes", _META, Column("trial_user_attribute_id",
 
 # A file that others write to is waited for so long; a server that does not answer is asked again after these seconds.
 _FILE_WAIT_S = 60
-_SERVER_WAITS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+SERVER_WAITS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _T = TypeVar("_T")
 
 
@@ -68,7 +68,7 @@ class Trials:
         """`work`, which only reads, in a transaction. It is done again, from its beginning, where a server is gone for
         a moment or has no connection free.
         """
-        for wait_s in (*_SERVER_WAITS_S, None):
+        for wait_s in (*SERVER_WAITS_S, None):
             try:
                 with self._one_by_one, self._engine.begin() as connection:
                     return work(connection)
