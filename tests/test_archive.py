@@ -257,6 +257,12 @@ def test_storages_that_sqlite_cannot_take_are_told(tmp_path: Path) -> None:
     assert Storage("postgresql://me:secret@host/db?sslmode=require").url == "postgresql://me:secret@host/db?sslmode=require"
 
 
+def test_a_server_that_does_not_answer_is_told_without_its_password(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"storage postgresql\+psycopg://me:\*\*\*@/x.* cannot be reached: ") as told:
+        Storage(f"postgresql+psycopg://me:secret@/x?host={tmp_path}").check()
+    assert "secret" not in str(told.value) and "No such file" in str(told.value)
+
+
 def test_the_baseline_is_kept_as_first_given_and_never_compared(tmp_path: Path) -> None:
     first = Baseline((30.0, 1 / 3), (20.0, math.inf), {"params": 2.0, "macs": 3.0})
     path = tmp_path / "archive.db"

@@ -278,14 +278,6 @@ def test_one_seed_is_one_answer_with_one_job_and_with_two(tmp_path: Path) -> Non
     assert len(answers[0]) == 24 and answers[0] == answers[1]
 
 
-def test_a_server_that_does_not_answer_is_told_before_anything_is_made(tmp_path: Path) -> None:
-    run = ens("search", "demo", "--out", tmp_path / "run", "--storage", f"postgresql+psycopg://me:word@/x?host={tmp_path}")
-    assert run.stderr is not None
-    said = run.stderr.read()
-    assert run.wait() == 1 and "cannot be reached: connection failed" in said and "word" not in said
-    assert not (tmp_path / "run").exists()
-
-
 def names_in(storage: str) -> set[str]:
     """Genotypes that are recorded; none where there is no archive yet."""
     with suppress(FileNotFoundError, ValueError, sqlalchemy.exc.SQLAlchemyError):
