@@ -71,7 +71,7 @@ def _work(run: RunFolder, archive: Archive, *, jobs: int, deterministic: bool,
 
     share_search(engine=run.build_engine(), objectives=settings.objectives, board=archive, evaluate=evaluate,
                  budget=run.budget, batch_size=settings.batch_size, patience=settings.patience, workers=jobs,
-                 deterministic=deterministic, progress=progress)
+                 deterministic=deterministic, allows=run.bounded.allows, progress=progress)
 
 
 def _report(control: Control, archive: Archive, done: int, total: int) -> None:

@@ -152,7 +152,7 @@ def test_of_a_killed_worker_only_the_evaluation_in_flight_is_lost_and_another_ta
     lines = [line.split() for line in log.read_text(encoding="ascii").splitlines()]
     repeated = [name for name, times in Counter(name for _, name in lines).items() if times > 1]
     last = [name for pid, name in lines if pid == str(workers[0].pid)][-1:]
-    assert repeated in ([], last)
+    assert repeated in ([], last), "what was in flight, where it had begun"
     assert len(read_archive(storage).known()) == len({name for _, name in lines}) == 40
 
 

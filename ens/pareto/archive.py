@@ -56,8 +56,8 @@ class Archive:
     """Measurements of one run in the order of recording; made by open_archive (writing) or read_archive.
 
     It shows what was there when it was opened; `look`, `claim` and `record` bring what others have recorded since.
-    `marked` are the genotypes that `mark_invalid` took off the front, with the reason; `pending` what other workers
-    have claimed, `workers` how many are at work, this one included, as of the last of those calls.
+    `marked` are the genotypes that `mark_invalid` took off the front, with the reason. As of the last of those calls,
+    `pending` is what other workers have claimed, `lost` what dead ones had, `workers` how many are at work, with this.
     """
 
     def __init__(self, attributes: Mapping[str, Any], trials: Trials, *, writable: bool) -> None:
@@ -69,6 +69,7 @@ class Archive:
         self._last_id = -1
         self._new: list[Measurement] = []
         self.pending: list[Genotype] = []
+        self.lost: list[Genotype] = []
         self.workers = 1
         self._tuned = read_tuned({key.removeprefix(_TUNED): stored for key, stored in attributes.items()
                                    if key.startswith(_TUNED)})
@@ -146,11 +147,8 @@ class Archive:
 
     def look(self) -> list[Measurement]:
         """Bring up to date; returns what became known since the last `look` or `record`, all there is at first."""
-        def read(connection: Connection) -> None:
-            self._read_new(connection)
-            self._read_claims(connection)
-
-        self._trials.look(read)
+        self._trials.look(self._read_new)
+        self._trials.look(self._read_claims)
         return self._list_new()
 
     def claim(self, wanted: Sequence[Genotype], *, budget: int) -> list[Genotype]:
@@ -212,9 +210,9 @@ class Archive:
             raise RuntimeError("the archive was opened for reading; open it with open_archive to record")
 
     def _read_claims(self, connection: Connection) -> set[Genotype]:
-        """Bring `pending` and `workers` up to date; returns what this worker has claimed."""
-        own, others, self.workers = self._claims.list_live(connection)
-        self.pending = list(map(read_genotype, others))
+        """What this worker has claimed; `pending` and `workers` are brought up to date."""
+        own, others, dead, self.workers = self._claims.read(connection)
+        self.pending, self.lost = list(map(read_genotype, others)), list(map(read_genotype, dead))
         return set(map(read_genotype, own))
 
     def _list_new(self) -> list[Measurement]:
@@ -240,14 +238,14 @@ def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequenc
     archive, ArchiveLocked where another process does not stop writing to it.
     """
     stored = json.loads(json.dumps({**manifest, "objectives": list(objectives), **space_manifest(space)}))
-    for wait_s in (*SERVER_WAITS_S, None):
+    for wait_s in SERVER_WAITS_S:
         try:
             return _open(Storage(storage), stored, baseline, name)
         except ArchiveDamaged as error:
-            if wait_s is None or not is_crowded(error):
+            if not is_crowded(error):
                 raise
-            time.sleep(wait_s * random.uniform(0.5, 1.5))
-    raise AssertionError("the last try returns or raises")
+        time.sleep(wait_s * random.uniform(0.5, 1.5))
+    return _open(Storage(storage), stored, baseline, name)
 
 
 def _open(place: Storage, stored: Mapping[str, Any], baseline: Baseline | None, name: str) -> Archive:

@@ -46,24 +46,27 @@ class Claims:
         self._renewing: threading.Thread | None = None
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
-    def list_live(self, connection: Connection) -> tuple[list[str], list[str], int]:
-        """Genotypes claimed by this worker and by others, without those of the dead, and the number of workers."""
+    def read(self, connection: Connection) -> tuple[list[str], list[str], list[str], int]:
+        """Genotypes claimed by this worker, by others and by the dead, and the number of workers."""
         others = {worker_id for worker_id, dead in self._list_workers(connection) if not dead} - {self._worker_id}
         claims = connection.execute(sqlalchemy.select(_CLAIMS.c.genotype, _CLAIMS.c.worker_id)
                                     .where(_CLAIMS.c.study_id == self._trials.study_id)).all()
         return ([genotype for genotype, worker_id in claims if worker_id == self._worker_id],
-                [genotype for genotype, worker_id in claims if worker_id in others], 1 + len(others))
+                [genotype for genotype, worker_id in claims if worker_id in others],
+                [genotype for genotype, worker_id in claims if worker_id not in {*others, self._worker_id}],
+                1 + len(others))
 
     def add(self, connection: Connection, genotypes: Sequence[Genotype]) -> None:
-        """Claim genotypes that nobody else has, until they are removed; what the dead left is swept up."""
-        self._sweep(connection)
+        """Claim genotypes that no other live worker has, until they are removed."""
+        dead = [worker_id for worker_id, is_dead in self._list_workers(connection) if is_dead]
+        connection.execute(_WORKERS.delete().where(_WORKERS.c.worker_id.in_(dead)))
         now_s, study_id = read_clock(connection), self._trials.study_id
         if not self._renew(connection, now_s):
             connection.execute(_WORKERS.insert().values(
                 worker_id=self._worker_id, study_id=study_id, name=self.name, machine=self._machine, pid=os.getpid(),
                 expires_s=now_s + LEASE_S))
         for genotype in map(format_genotype, genotypes):
-            self.remove(connection, genotype)  # this worker's own, from before it was taken for dead
+            self.remove(connection, genotype)  # that of a dead worker
             connection.execute(_CLAIMS.insert().values(study_id=study_id, genotype=genotype,
                                                        worker_id=self._worker_id, started_s=now_s))
         if self._renewing is None:
@@ -83,7 +86,7 @@ class Claims:
         if self._renewing is not None:
             self._renewing.join()
             self._renewing = None
-            self._trials.change(lambda connection: self._drop(connection, [self._worker_id]))
+            self._trials.change(self._leave)
 
     def _keep_renewing(self) -> None:
         while not self._ended.wait(LEASE_S / 3):
@@ -98,9 +101,9 @@ class Claims:
                                      .where(_WORKERS.c.worker_id == self._worker_id))
         return renewed.rowcount == 1
 
-    def _sweep(self, connection: Connection) -> None:
-        if dead := [worker_id for worker_id, is_dead in self._list_workers(connection) if is_dead]:
-            self._drop(connection, dead)
+    def _leave(self, connection: Connection) -> None:
+        for table in (_CLAIMS, _WORKERS):
+            connection.execute(table.delete().where(table.c.worker_id == self._worker_id))
 
     def _list_workers(self, connection: Connection) -> list[tuple[str, bool]]:
         """Every worker of the study, and whether it is dead."""
@@ -110,10 +113,6 @@ class Claims:
                                   .where(_WORKERS.c.study_id == self._trials.study_id))
         return [(worker_id, expires_s < now_s or (machine == self._machine and not _is_alive(pid)))
                 for worker_id, machine, pid, expires_s in rows]
-
-    def _drop(self, connection: Connection, workers: Sequence[str]) -> None:
-        connection.execute(_CLAIMS.delete().where(_CLAIMS.c.worker_id.in_(workers)))
-        connection.execute(_WORKERS.delete().where(_WORKERS.c.worker_id.in_(workers)))
 
 
 def create_tables(engine: sqlalchemy.Engine) -> None:

@@ -68,15 +68,18 @@ class Trials:
         """`work`, which only reads, in a transaction. It is done again, from its beginning, where a server is gone for
         a moment or has no connection free.
         """
-        for wait_s in (*SERVER_WAITS_S, None):
+        for wait_s in SERVER_WAITS_S:
             try:
-                with self._one_by_one, self._engine.begin() as connection:
-                    return work(connection)
+                return self._run(work)
             except sqlalchemy.exc.OperationalError as error:
-                if wait_s is None or self.is_file or is_disk_error(error):
+                if self.is_file or is_disk_error(error):
                     raise
-                time.sleep(wait_s)
-        raise AssertionError("the last try returns or raises")
+            time.sleep(wait_s)
+        return self._run(work)
+
+    def _run(self, work: Callable[[Connection], _T]) -> _T:
+        with self._one_by_one, self._engine.begin() as connection:
+            return work(connection)
 
     def change(self, work: Callable[[Connection], _T]) -> _T:
         """`look` for what writes: no other worker's transaction overlaps, and all is on disk when this returns."""

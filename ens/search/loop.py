@@ -26,6 +26,11 @@ class Board(Protocol):
         ...
 
     @property
+    def lost(self) -> Sequence[Genotype]:
+        """What workers measured when they died, and nobody has taken over."""
+        ...
+
+    @property
     def workers(self) -> int:
         """How many are at work, this one included."""
         ...
@@ -57,6 +62,7 @@ def run_search(*, engine: Engine, objectives: Sequence[str], known: Mapping[Geno
 def share_search(*, engine: Engine, objectives: Sequence[str], board: Board,
                  evaluate: Callable[[list[Genotype]], Iterable[Measurement]], budget: int, batch_size: int = 1,
                  patience: int = 0, deterministic: bool = False, workers: int = 1,
+                 allows: Callable[[Genotype], bool] = lambda genotype: True,
                  progress: Callable[[int, int], None] | None = None) -> list[Measurement]:
     """Measure until `budget` genotypes are known, those on the board included; return all in the order of recording.
 
@@ -66,7 +72,8 @@ def share_search(*, engine: Engine, objectives: Sequence[str], board: Board,
 
     A worker that is alone tells the engine whole batches: what a kill interrupted is asked for again and only its
     missing part evaluated, so that it ends as if it had run through. Beside others it tells whatever is known and asks
-    for what is not pending: nobody waits, and what is asked for depends on who is faster. With `deterministic` all
+    for what is not pending: nobody waits, and what is asked for depends on who is faster; what a dead worker was at is
+    measured first, unless the space no longer `allows` it. With `deterministic` all
     share one batch and wait for its end: any number of workers measures the same. `workers` are there at least, some
     of them not on the board yet. Raises ValueError for a budget or
     batch below one, RuntimeError when `evaluate` returns other genotypes than it was given.
@@ -82,14 +89,12 @@ def share_search(*, engine: Engine, objectives: Sequence[str], board: Board,
         told.tell(all_known=not together)
         if len(told.order) >= budget or (patience and told.idle >= patience):
             return told.order
-        sharing = max(workers, board.workers)
-        if together:
-            wanted = told.next_batch(budget)
-            free = sorted(set(wanted).difference(board.pending))[:_share(len(wanted), sharing)]
-        else:
-            n = min(batch_size, _share(budget - len(told.order) - len(board.pending), sharing))
-            wanted = free = sorted(engine.ask(n, board.pending)) if n > 0 else []
-        mine = board.claim(free, budget=budget) if free else []
+        sharing, batch = max(workers, board.workers), told.next_batch(budget) if together else []
+        lost = [] if deterministic else [one for one in board.lost if allows(one) and not told.is_asked(one)]
+        n = min(batch_size, _share(budget - len(told.order) - len(board.pending), sharing))
+        wanted = lost or (batch if together else engine.ask(n, board.pending) if n > 0 else [])
+        free = sorted(set(wanted).difference(board.pending))
+        mine = board.claim(free[:_share(len(wanted), sharing) if together else n], budget=budget) if free else []
         for measurement in _measure(evaluate, mine):
             told.add(board.record(measurement) if measurement.genotype not in told.known else ())
             if progress is not None:
@@ -121,6 +126,7 @@ class _Alone:
 
     def __init__(self, known: Mapping[Genotype, Measurement], record: Callable[[Measurement], object]) -> None:
         self.pending: Sequence[Genotype] = ()
+        self.lost: Sequence[Genotype] = ()
         self.workers = 1
         self._new = list(known.values())
         self._record = record
@@ -173,6 +179,10 @@ class _Told:
         # the archive alone, whatever was interrupted or put there by hand.
         missing = min(budget, self._told + self._batch_size) - len(self.order)
         return [genotype for genotype in self._asked[1] if genotype not in self.known][:missing]
+
+    def is_asked(self, genotype: Genotype) -> bool:
+        """Whether it is known, or part of the batch that was asked for after what was told."""
+        return genotype in self.known or (self._asked[0] == self._told and genotype in self._asked[1])
 
     def _tell(self, count: int) -> None:
         """Tell in lexicographic order, so that the order in which a batch was finished changes nothing."""
