@@ -175,7 +175,7 @@ def test_one_seed_is_one_answer_with_one_two_and_four_workers(storage: str, tmp_
 
 
 def test_the_claims_of_another_machine_end_with_its_lease(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "LEASE_S", 0.6)
+    monkeypatch.setattr(claims, "LEASE_S", 1.5)
     a, b = (0, 0, 0, 0, 0, 1), (0, 0, 0, 0, 0, 2)
     with opened(storage) as here, monkeypatch.context() as elsewhere:
         elsewhere.setattr(claims, "_describe_machine", lambda: "another")
@@ -183,7 +183,7 @@ def test_the_claims_of_another_machine_end_with_its_lease(storage: str, monkeypa
         with opened(storage) as there:
             assert there.claim([a, b], budget=9) == [a, b]
             assert here.claim([a], budget=9) == [] and here.pending == [a, b] and here.workers == 2
-            time.sleep(1.0)
+            time.sleep(1.8)
             assert here.claim([a], budget=9) == [a] and here.pending == [] and here.workers == 1
             mine = here.record(measure(a))
             assert there.record(measure(a)) == mine, "it was not dead after all: what came first counts"
@@ -192,15 +192,15 @@ def test_the_claims_of_another_machine_end_with_its_lease(storage: str, monkeypa
 
 
 def test_a_lease_is_renewed_as_long_as_an_evaluation_takes(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "LEASE_S", 0.6)
+    monkeypatch.setattr(claims, "LEASE_S", 1.5)
     genotype = (0, 0, 0, 0, 0, 1)
     with opened(storage) as here, opened(storage) as there:
         here.claim([genotype], budget=9)
-        time.sleep(1.5)
+        time.sleep(2.2)
         assert there.claim([genotype], budget=9) == []
         here.record(measure(genotype))
     (trial,) = optuna.load_study(study_name="ens", storage=storage).trials
-    assert trial.duration is not None and 1.4 <= trial.duration.total_seconds() < 10, "as long as it took"
+    assert trial.duration is not None and 2.1 <= trial.duration.total_seconds() < 20, "as long as it took"
     assert trial.user_attrs["worker"].endswith(f":{os.getpid()}")
 
 
