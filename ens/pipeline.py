@@ -79,6 +79,7 @@ def search(run: RunFolder, control: Control = QUIET, *, jobs: int = 1, determini
     """Measure genotypes until the budget is spent, in `jobs` processes and together with all others that share the
     archive; every one is in it at once. ValueError where all fail.
     """
+    from ens.search.predictor import describe_fit
     from ens.workers import measure  # brings pymoo, half a second
 
     distill(run, control)
@@ -90,6 +91,8 @@ def search(run: RunFolder, control: Control = QUIET, *, jobs: int = 1, determini
         control.say(f"search: skipped, {len(run.archive.known())} genotypes are measured")
     else:
         measure(run, control, jobs=jobs, deterministic=deterministic)
+        if fit := describe_fit(run.space.sizes, run.archive.measurements()):
+            control.say(f"search: {fit}")
     check_any_valid(run.archive.measurements())
     return run.archive.measurements()
 

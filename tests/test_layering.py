@@ -20,8 +20,8 @@ TOUCH_FILES = {"atomic", "networks.checkpoints", "networks.weight_files", "data.
                "distill.library", "pareto.archive", "pareto.claims", "pareto.storage", "pareto.report", "export.hybrid",
                "export.bundle", "export.bundle_runner", "export.card", "export.edge", "export.executorch",
                "export.formats", "export.int8", "export.onnx", "export.openvino", "export.torch_export",
-               "evaluate.latency", "runtime.profiling", "runtime.runner", "runtime.session", "search.table", "yaml_values", "config",
-               "ops.native"}  # which looks whether its own compiled file can be loaded
+               "evaluate.latency", "runtime.profiling", "runtime.runner", "runtime.session", "search.table",
+               "yaml_values", "config", "ops.native"}  # which looks whether its own compiled file can be loaded
 FILE_CALLS = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "unlink", "mkdir", "rename",
               "rmtree", "safe_open", "save_file", "load_file", "imread", "imwrite", "write_html"}
 PATHS = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from ens.search.predictor import Predictor, Warp, _likelihood, judge_predictor, learn_variances
-from ens.space import Genotype
+from ens.search.predictor import Predictor, Warp, _likelihood, describe_fit, judge_predictor, learn_variances
+from ens.space import Genotype, Measurement
 
 SIZES = (3, 3, 3, 3)
 GENOTYPES: list[Genotype] = list(itertools.product(range(3), repeat=4))
@@ -107,6 +107,10 @@ def test_a_space_that_is_not_additive_says_so() -> None:
     assert tau > 0.95 and additive < 0.1 * sums.std()
     tau, error, additive = judge_predictor(SIZES, genotypes, products[known])
     assert additive > 1.3 * error and 0.3 < tau < 1
+    for values, says in ((sums, False), (products, True)):
+        measured = [Measurement(GENOTYPES[index], {"psnr_drop_db": values[index]}) for index in known]
+        assert ("the space is not additive" in describe_fit(SIZES, measured)) == says
+        assert describe_fit(SIZES, measured[:5]) == ""
 
 
 def test_a_warp_is_undone_and_keeps_the_order() -> None:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 
-from ens.space import Genotype
+from ens.objectives import QUALITY
+from ens.space import Genotype, Measurement
 
 Array = NDArray[np.float64]
 _START, _SPREAD = -1.0, 1.5
@@ -204,11 +205,13 @@ def judge_predictor(sizes: Sequence[int], genotypes: Sequence[Genotype], values:
             float(additive.mean()))
 
 
-def describe_fit(sizes: Sequence[int], genotypes: Sequence[Genotype], values: Array) -> str:
-    """A sentence on how well drops (N,) in dB follow from each other, "" where too few are measured to say."""
-    if len(genotypes) < _FEWEST:
+def describe_fit(sizes: Sequence[int], measurements: Sequence[Measurement]) -> str:
+    """A sentence on how well drops follow from each other, "" where too few are measured to say."""
+    valid = [item for item in measurements if item.valid][:_MOST]
+    if len(valid) < _FEWEST:
         return ""
-    tau, error, additive = judge_predictor(sizes, genotypes[:_MOST], values[:_MOST])
+    drops = np.array([item.values[QUALITY] for item in valid])
+    tau, error, additive = judge_predictor(sizes, [item.genotype for item in valid], drops)
     text = f"predicted from the others, a drop is {error:.2f} dB off (Kendall tau {tau:.2f})"
     if additive > _NOT_ADDITIVE * error:
         text += f"; the space is not additive: by sums over slots it would be {additive:.2f} dB off"
