@@ -10,8 +10,8 @@ import ens.options as given
 from ens.console import print_front, print_tuned, reporting, say
 from ens.space import format_genotype
 
-_JOIN_S = 60
-"""Workers of one folder that start at the same moment look the study over one after the other."""
+_JOIN_S = 24 * 3600
+"""A worker that finds its folder being prepared by another waits for it, and measures with it then."""
 
 
 def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, bounds: given.Bounds = None,

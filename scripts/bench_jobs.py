@@ -21,7 +21,8 @@ import optuna
 
 def measure(folder: Path, *, jobs: int, seed: int, budget: int) -> float:
     """Genotypes a second of one search."""
-    settings = ("search.engine=random", "search.batch_size=1", f"search.budget={budget}", f"seed={seed}", "threads=1")
+    settings = ("search.objectives=[psnr_drop_db,penalty]", "search.engine=random", "search.batch_size=1",
+                f"search.budget={budget}", f"seed={seed}", "threads=1")
     subprocess.run([sys.executable, "-c", "from ens.cli import main; main()", "search", "demo", "--out", str(folder),
                     "--jobs", str(jobs), *(word for setting in settings for word in ("--set", setting))],
                    check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

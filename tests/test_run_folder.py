@@ -158,15 +158,16 @@ def test_a_search_keeps_its_bounds_and_fronts_take_costs_that_were_not_recorded(
 
 
 def test_fixed_slots_and_forbidden_families_hold_for_search_and_front_and_may_change(tmp_path: Path) -> None:
-    demo, few = ROOT / "search_spaces" / "demo.yaml", {"data": {"limit": 1, "crops_per_image": 1}}
-    pipeline.search(RunFolder.start(load_study(demo, {**few, "search": {"budget": 5, "batch_size": 5}}), tmp_path))
-    label = load_study(demo).choices[0]
-    limits = {"budget": 9, "batch_size": 5, "fix": {"latent": str(label)}, "forbid": ["half"]}
+    demo, label = ROOT / "search_spaces" / "demo.yaml", "conv×1"
+    few = {"data": {"limit": 1, "crops_per_image": 1}}
+    search = {"engine": "nsga2", "objectives": ["psnr_drop_db", "penalty"], "batch_size": 5}
+    pipeline.search(RunFolder.start(load_study(demo, {**few, "search": {**search, "budget": 5}}), tmp_path))
+    limits = {**search, "budget": 9, "fix": {"latent": label}, "forbid": ["vssd"]}
     run = RunFolder.start(load_study(demo, {**few, "search": limits}), tmp_path)
     added = [run.space.replaced(one.genotype) for one in pipeline.search(run)[5:]]
     assert len(added) == 4, "engines go on with what was measured before"
     for replaced in [*added, *(run.space.replaced(member.genotype) for member in run.front().members)]:
-        assert replaced["latent"].label == label and "half" not in {choice.family for choice in replaced.values()}
+        assert replaced["latent"].label == label and "vssd" not in {choice.family for choice in replaced.values()}
     with pytest.raises(ConfigError, match="searches no slot 'latnet'; it has decoder_level1"):
         RunFolder.start(load_study(demo, {**few, "search": {**limits, "fix": {"latnet": label}}}), tmp_path / "other")
 

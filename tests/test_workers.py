@@ -216,7 +216,7 @@ def test_claims_keep_to_the_budget_and_end_with_their_worker(storage: str) -> No
         assert here.pending == [] and here.claim(wanted[3:], budget=5) == wanted[3:7][:2]
 
 
-SMALL = ("--set", "search.engine=random", "--set", "search.batch_size=1", "--set", "data.limit=1", "--set",
+SMALL = ("--set", "search.objectives=[psnr_drop_db,penalty]", "--set", "search.engine=random", "--set", "search.batch_size=1", "--set", "data.limit=1", "--set",
          "data.crops_per_image=1", "--set", "data.crop_px=32")
 
 
