@@ -76,7 +76,7 @@ ENS = "from ens.cli import main; main()"
 def test_a_table_with_characters_that_the_c_locale_lacks_is_shown() -> None:
     """`ens spaces` prints × and –, and an error in the middle of a table was exit code 1."""
     code, output, errors = run("C", ENS, "spaces", "demo")
-    assert code == 0 and " 8 ? 9 " in output and not errors
+    assert code == 0 and " 8 ? " in output and not errors
 
 
 @pytest.mark.parametrize("terminal", TERMINALS)
