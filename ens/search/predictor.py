@@ -29,6 +29,8 @@ _FEWEST, _MOST = 20, 400
 """Measurements that a predictor is judged by."""
 _NOT_ADDITIVE = 1.25
 """Error of sums over slots, relative to the predictor's, from which on a space does not count as additive."""
+_WORTH_SAYING = 0.2
+"""And relative to the deviation of what is measured."""
 
 
 class Encoding:
@@ -213,6 +215,6 @@ def describe_fit(sizes: Sequence[int], measurements: Sequence[Measurement]) -> s
     drops = np.array([item.values[QUALITY] for item in valid])
     tau, error, additive = judge_predictor(sizes, [item.genotype for item in valid], drops)
     text = f"predicted from the others, a drop is {error:.2f} dB off (Kendall tau {tau:.2f})"
-    if additive > _NOT_ADDITIVE * error:
+    if additive > max(_NOT_ADDITIVE * error, _WORTH_SAYING * float(drops.std())):
         text += f"; the space is not additive: by sums over slots it would be {additive:.2f} dB off"
     return text
