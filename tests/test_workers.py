@@ -216,8 +216,9 @@ def test_claims_keep_to_the_budget_and_end_with_their_worker(storage: str) -> No
         assert here.pending == [] and here.claim(wanted[3:], budget=5) == wanted[3:7][:2]
 
 
-SMALL = ("--set", "search.objectives=[psnr_drop_db,penalty]", "--set", "search.engine=random", "--set", "search.batch_size=1", "--set", "data.limit=1", "--set",
-         "data.crops_per_image=1", "--set", "data.crop_px=32")
+SMALL = [word for setting in ("search.objectives=[psnr_drop_db,penalty]", "search.engine=random", "search.batch_size=1",
+                              "data.limit=1", "data.crops_per_image=1", "data.crop_px=32")
+         for word in ("--set", setting)]
 
 
 def ens(*words: object) -> subprocess.Popen[str]:
