@@ -174,6 +174,21 @@ def test_one_seed_is_one_answer_with_one_two_and_four_workers(storage: str, tmp_
     assert len(set(answers)) == 1
 
 
+def test_a_lone_worker_that_is_killed_again_and_again_ends_as_one_that_ran_through(tmp_path: Path) -> None:
+    """Its claims are void the moment it is dead, and the batch it was at is asked for again."""
+    whole, broken = f"sqlite:///{tmp_path}/whole.db", f"sqlite:///{tmp_path}/broken.db"
+    work(whole, tmp_path / "whole", 26, "nsga2", 4)
+    log = tmp_path / "broken"
+    for lines in (3, 9, 14, 21):
+        worker = start(work, broken, log, 26, "nsga2", 4, 1, False, 0.02)
+        while worker.is_alive() and (not log.exists() or len(log.read_text(encoding="ascii").splitlines()) < lines):
+            time.sleep(0.002)
+        worker.kill()
+        worker.join()
+    work(broken, log, 26, "nsga2", 4)
+    assert repr(read_archive(broken).measurements()) == repr(read_archive(whole).measurements())
+
+
 def test_the_claims_of_another_machine_end_with_its_lease(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "LEASE_S", 1.5)
     a, b = (0, 0, 0, 0, 0, 1), (0, 0, 0, 0, 0, 2)
