@@ -131,7 +131,7 @@ def test_changes_reach_the_study(run_cli: Callable[..., int], monkeypatch: pytes
     monkeypatch.setattr(pipeline, "search", search)
     assert run_cli("search", "search_spaces/demo.yaml", "--out", "x", "--set", "search.budget=7", "--set",
                    "task.sigma_255=[0, 50]", "--require", "edge") == 0
-    assert seen[0].search.budget == 7 and seen[0].task["sigma_255"] == (0, 50) and seen[0].search.engine == "nsga2"
+    assert seen[0].search.budget == 7 and seen[0].task["sigma_255"] == (0, 50) and seen[0].search.engine == "exact"
     assert seen[0].search.require == "edge"
 
 
@@ -200,7 +200,7 @@ def test_a_read_only_run_still_prints_its_front(
         run_cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         tmp_path: Path) -> None:
     """As on a read-only file system, where a database can be read and nothing be written."""
-    study = load_study(ROOT / "search_spaces" / "demo.yaml")
+    study = load_study(ROOT / "search_spaces" / "demo.yaml", {"search": {"objectives": ["psnr_drop_db", "penalty"]}})
     run = RunFolder.start(study, tmp_path / "a b")
     with open_archive(run.storage, space=run.space, objectives=study.search.objectives, manifest={}) as archive:
         archive.record(Measurement(run.space.teacher, {"psnr_drop_db": 0.0, "penalty": 16.0}, (30.0,)))
