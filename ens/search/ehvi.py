@@ -14,6 +14,8 @@ from ens.search.ledger import Ledger
 from ens.search.samplers import sample_unseen
 from ens.space import Genotype, SearchSpace
 
+_HOOK = "_optimize_acqf"
+"""What Optuna names for replacing the search of its acquisition; private, so a version without it is used as it is."""
 _MAX_CANDIDATES = 512
 """Unseen genotypes whose improvement is computed in one ask; the time of an ask grows with it."""
 
@@ -38,12 +40,13 @@ class EhviEngine:
         candidates = self._candidates(n, pending, rng)
         if not candidates:
             return []
+        kind = _CandidateSampler if hasattr(optuna.samplers.GPSampler, _HOOK) else optuna.samplers.GPSampler
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = _CandidateSampler(seed=int(rng.integers(2**31)), n_startup_trials=0,
-                                        deterministic_objective=True)
-        open_slots = [slot for slot, size in enumerate(self._ledger.space.sizes) if size > 1]
-        sampler.candidates = np.array(candidates, dtype=np.float64)[:, open_slots]
+            sampler = kind(seed=int(rng.integers(2**31)), n_startup_trials=0, deterministic_objective=True)
+        if isinstance(sampler, _CandidateSampler):
+            open_slots = [slot for slot, size in enumerate(self._ledger.space.sizes) if size > 1]
+            sampler.candidates = np.array(candidates, dtype=np.float64)[:, open_slots]
         return sample_unseen(self._ledger, min(n, len(candidates)), pending=pending, sampler=sampler, draws=1,
                              rng=rng)
 
@@ -64,8 +67,8 @@ class EhviEngine:
 class _CandidateSampler(optuna.samplers.GPSampler):
     """GPSampler that maximises its acquisition over `candidates` (N, slots with a choice), not the whole space.
 
-    Optuna's own optimiser repeats genotypes that were measured and spends most of an ask on 2,048 random points.
-    `_optimize_acqf` is the place that Optuna names for replacing it; a categorical parameter's coordinate is its index.
+    Optuna's own optimiser repeats genotypes that were measured and spends most of an ask on 2,048 random points. A
+    categorical parameter's coordinate is its index.
     """
 
     candidates: np.ndarray
