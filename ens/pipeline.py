@@ -79,9 +79,6 @@ def search(run: RunFolder, control: Control = QUIET, *, jobs: int = 1, determini
     """Measure genotypes until the budget is spent, in `jobs` processes and together with all others that share the
     archive; every one is in it at once. ValueError where all fail.
     """
-    from ens.search.predictor import describe_fit
-    from ens.workers import measure  # brings pymoo, half a second
-
     distill(run, control)
     if run.is_untimed:
         profile(run, control)
@@ -90,6 +87,9 @@ def search(run: RunFolder, control: Control = QUIET, *, jobs: int = 1, determini
     if run.is_searched:
         control.say(f"search: skipped, {len(run.archive.known())} genotypes are measured")
     else:
+        from ens.search.predictor import describe_fit  # brings pymoo, half a second
+        from ens.workers import measure
+
         measure(run, control, jobs=jobs, deterministic=deterministic)
         if fit := describe_fit(run.space.sizes, run.archive.measurements()):
             control.say(f"search: {fit}")
