@@ -130,7 +130,7 @@ def test_what_ships_says_what_is_inside_and_the_demo_is_whole_there(tmp_path: Pa
     run = RunFolder.start(study, tmp_path / "run", say=lines.append)
     families = {choice.family for slot in run.space.slots for choice in slot.choices}
     assert families and not families & set(OUTSIDE) and not any("linting" in line for line in lines)
-    assert {f"{spec.name}/{choice.label}" for spec, choice in run.jobs} == set(library.surrogates)
+    assert {f"{spec.name}/{choice.label}" for spec, choice in run.jobs} <= set(library.surrogates)
 
 
 def test_a_manifest_without_verdicts_is_read_and_keeps_those_it_gets(tmp_path: Path) -> None:

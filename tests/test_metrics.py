@@ -65,8 +65,9 @@ def test_luma_protocols_equal_scikit_images_ycbcr(name: str, rounded: bool, bord
 def test_protocols_differ_by_what_they_say() -> None:
     output, target = pair()
     figures = {name: score(output, target, protocol).psnr_db for name, protocol in PROTOCOLS.items()}
-    assert figures["denoise-color-awgn"] == figures["deblur-rgb"]
-    assert len({round(value, 6) for value in figures.values()}) == len(figures) - 1
+    assert figures["denoise-color-awgn"] == figures["deblur-rgb"] == figures["paired-rgb"]
+    assert figures["sr-y"] == figures["paired-y"]
+    assert len({round(value, 6) for value in figures.values()}) == len(figures) - 3
     assert figures["derain-y"] > figures["deblur-rgb"] + 1
 
 

@@ -82,8 +82,9 @@ def test_exhaustive_search_of_two_slots_equals_a_brute_force_without_cache(
 
 def test_exhaustive_search_of_two_demo_slots_equals_a_brute_force_without_cache(tmp_path: Path) -> None:
     study = load_study("search_spaces/demo.yaml", {
-        "choices": [], "slots": {"latent": ["restormer×1", "conv×2"], "refinement": ["vssd×1(state=16)", "conv×1"]},
-        "data": {"crop_px": 64, "limit": 1}, "search": {"engine": "exhaustive", "budget": 9}})
+        "data": {"crop_px": 64, "limit": 1},
+        "search": {"engine": "exhaustive", "objectives": ["psnr_drop_db", "penalty"], "budget": 9}}).model_copy(
+            update={"slots": {"latent": ("restormer×1", "conv×2"), "refinement": ("vssd×1(state=16)", "conv×1")}})
     pipeline.search(RunFolder.start(study, tmp_path / "run"))
     check_by_brute_force(study, tmp_path / "run", num_genotypes=9)
 
