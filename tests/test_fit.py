@@ -257,7 +257,7 @@ def test_a_short_fine_tuning_helps_where_a_constant_decay_cancels_it(tmp_path: P
 
 
 def test_learning_rate_warms_up_then_follows_a_cosine() -> None:
-    rates = [learning_rate(step, steps=110, lr=1.0, lr_final=0.0, warmup_steps=10) for step in range(111)]
+    rates = list(map(learning_rate(steps=110, lr=1.0, lr_final=0.0, warmup_steps=10), range(111)))
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
     assert rates[60] == pytest.approx(0.5) and rates[110] == pytest.approx(0.0)
     assert all(earlier >= later for earlier, later in itertools.pairwise(rates[10:]))

@@ -136,7 +136,8 @@ def test_the_threads_of_a_study_are_obeyed(tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_was_measured_with_another_task_is_never_mixed(tmp_path: Path) -> None:
     """Sigma 25 and sigma 50 on one storage: the archive knows what it measured, images and weights unopened."""
-    small = {"search": {"budget": 2, "batch_size": 2, "engine": "random"}, "data": {"limit": 1, "crops_per_image": 1}}
+    small = {"search": {"budget": 2, "batch_size": 2, "engine": "random",
+                        "objectives": ["psnr_drop_db", "penalty"]}, "data": {"limit": 1, "crops_per_image": 1}}
     demo, storage = ROOT / "search_spaces" / "demo.yaml", str(tmp_path / "archive.db")
     pipeline.search(RunFolder.start(load_study(demo, small), tmp_path / "a", storage=storage))
     other = load_study(demo, {**small, "task": {"name": "denoise", "sigma_255": 50}})

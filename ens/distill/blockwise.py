@@ -59,15 +59,15 @@ def distill_library(teacher: Network, library: Library, patches: PatchSource, jo
     todo = [(spec, choice) for spec, choice in jobs if not library.has(spec.name, choice)]
     groups = _form_groups(todo, checkpoint, group_size)
     use_bf16 = gains_from_bf16(device) if bf16 is None else bf16
+    rate_at = learning_rate(steps=steps, lr=lr, lr_final=lr * 1e-3, warmup_steps=min(50, steps // 10))
     for number, group in enumerate(groups):
         pupils = [_create_pupil(teacher, spec, choice, lr=lr, seed=seed, device=device) for spec, choice in group]
         recipe = f"{steps} steps of {batch_size}×{patch_px}², lr {lr}, seed {seed}, teacher {library.teacher_sha256}"
         done = _load_group(checkpoint, recipe, pupils)
         while done < steps:
             degraded, _ = patches.batch(done, batch_size, patch_px)
-            rate = learning_rate(done, steps=steps, lr=lr, lr_final=lr * 1e-3, warmup_steps=min(50, steps // 10))
             for pupil, given, wanted in _features(teacher, pupils, degraded, device=device, bf16=use_bf16):
-                _train_step(pupil, given, wanted, rate, bf16=use_bf16)
+                _train_step(pupil, given, wanted, rate_at(done), bf16=use_bf16)
             done += 1
             if on_progress is not None:
                 recent = [pupil.losses[-1] for pupil in pupils if pupil.losses]

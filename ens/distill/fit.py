@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ens.distill.losses import TaughtLoss, l1_loss
-from ens.distill.recipe import Recipe, ema_decay_at, learning_rate, share_batch
+from ens.distill.recipe import Recipe, learning_rate, share_batch
 from ens.distill.resume import ResumeMismatch, TrainState, read_resume, taken_up
 from ens.networks.checkpoints import save_state
 
@@ -125,6 +125,7 @@ def train_network(network: nn.Module, patches: PatchSource, *, recipe: Recipe, c
     shares = {phase.batch_size: share_batch(phase.batch_size, world) for phase in recipe.phases}
     device, every, steps = local_device(device), validate_every or max(1, recipe.steps // 10), recipe.steps
     known = {**recipe.describe(), "validated": f"every {every} steps" if validate else "never", **(identity or {})}
+    rate_at = learning_rate(steps=steps, lr=recipe.lr, lr_final=recipe.lr_final, warmup_steps=recipe.warmup_steps)
     loss = l1_loss if taught_by is None else TaughtLoss(copy.deepcopy(taught_by).to(device),
                                                         weight=recipe.taught_weight)
     network.to(device).train()
@@ -143,9 +144,7 @@ def train_network(network: nn.Module, patches: PatchSource, *, recipe: Recipe, c
     while run.done < steps:
         phase = [phase for phase in recipe.phases if phase.start <= run.done][-1]
         share = shares[phase.batch_size]
-        pair = patches.batch(run.done, share, phase.patch_px, first=rank * share)
-        rate = learning_rate(run.done, steps=steps, lr=recipe.lr, lr_final=recipe.lr_final,
-                             warmup_steps=recipe.warmup_steps)
+        pair, rate = patches.batch(run.done, share, phase.patch_px, first=rank * share), rate_at(run.done)
         value = _take_step(run, wrapped, loss, pair, rate, clip_norm=recipe.clip_norm, device=device, bf16=use_bf16)
         if run.skipped >= MAX_SKIPPED:
             kept = f"; the last state is kept in {checkpoint}" if checkpoint.exists() else ""
@@ -157,7 +156,8 @@ def train_network(network: nn.Module, patches: PatchSource, *, recipe: Recipe, c
             judge()
         stop = should_stop is not None and should_stop()
         if rank == 0 and (run.done % save_every == 0 or run.done == steps or stop):
-            save_state(checkpoint, run.state(known))
+            state = run.state(known)
+            save_state(checkpoint, state)
         if stop and run.done < steps:
             return run.fit(complete=False)
     fit = _finish(run, world)
@@ -199,9 +199,17 @@ def _finish(run: _Run, world: int) -> Fit:
     return cast(Fit, result[1])
 
 
+def _decay_at(updates: int, decay: float) -> float:
+    """Decay of the average after so many updates, at most `decay`: (1 + n) / (10 + n), as TensorFlow warms it up.
+
+    A constant 0.999 keeps 96 % of the first step's weights in a training of 40 steps.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
+
+
 def _average(decay: float) -> Callable[[Any, Any, Any], None]:
     def update(averaged: Any, current: Any, updates: Any) -> None:
-        get_ema_multi_avg_fn(ema_decay_at(int(updates), decay))(averaged, current, updates)
+        get_ema_multi_avg_fn(_decay_at(int(updates), decay))(averaged, current, updates)
 
     return update
 

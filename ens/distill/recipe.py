@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -70,17 +71,12 @@ def share_batch(batch_size: int, processes: int) -> int:
     return batch_size // processes
 
 
-def ema_decay_at(updates: int, decay: float) -> float:
-    """Decay of the average after so many updates, at most `decay`: (1 + n) / (10 + n), as TensorFlow warms it up.
+def learning_rate(*, steps: int, lr: float, lr_final: float, warmup_steps: int) -> Callable[[int], float]:
+    """Rate of every step: linear warm-up, then cosine from `lr` to `lr_final` at the last step."""
+    def rate_at(step: int) -> float:
+        if step < warmup_steps:
+            return lr * (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+        return lr_final + (lr - lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    A constant 0.999 keeps 96 % of the first step's weights in a training of 40 steps.
-    """
-    return min(decay, (1 + updates) / (10 + updates))
-
-
-def learning_rate(step: int, *, steps: int, lr: float, lr_final: float, warmup_steps: int) -> float:
-    """Linear warm-up, then cosine from `lr` to `lr_final` at the last step."""
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return lr_final + (lr - lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
+    return rate_at

@@ -238,19 +238,20 @@ def open_archive(storage: str | Path, *, space: SearchSpace, objectives: Sequenc
     archive, ArchiveLocked where another process does not stop writing to it.
     """
     stored = json.loads(json.dumps({**manifest, "objectives": list(objectives), **space_manifest(space)}))
-    for wait_s in SERVER_WAITS_S:
+    waits_s = iter(SERVER_WAITS_S)
+    while True:
         try:
-            return _open(Storage(storage), stored, baseline, name)
+            return _open(storage, stored, baseline, name)
         except ArchiveDamaged as error:
-            if not is_crowded(error):
+            wait_s = next(waits_s, None)
+            if wait_s is None or not is_crowded(error):
                 raise
         time.sleep(wait_s * random.uniform(0.5, 1.5))
-    return _open(Storage(storage), stored, baseline, name)
 
 
-def _open(place: Storage, stored: Mapping[str, Any], baseline: Baseline | None, name: str) -> Archive:
-    objectives = stored["objectives"]
-    with place.alone():
+def _open(storage: str | Path, stored: Mapping[str, Any], baseline: Baseline | None, name: str) -> Archive:
+    objectives, place = stored["objectives"], Storage(storage)
+    with place.opening(), place.alone():
         study, trials = place.create_study(name, len(objectives))
         found = study.user_attrs.get(_MANIFEST)
         if found is None:
@@ -265,8 +266,7 @@ def _open(place: Storage, stored: Mapping[str, Any], baseline: Baseline | None, 
                                   f"{'; '.join(_differences(found, stored))}")
         if baseline is not None and _BASELINE not in study.user_attrs:
             study.set_user_attr(_BASELINE, to_baseline(baseline))
-        with place.opening():
-            return Archive(study.user_attrs, trials, writable=True)
+        return Archive(study.user_attrs, trials, writable=True)
 
 
 def read_archive(storage: str | Path, *, name: str = "ens") -> Archive:

@@ -90,11 +90,10 @@ class Storage:
         engine, lock = connect_engine(self.url), sqlalchemy.text("select pg_try_advisory_lock(hashtext('ens'))")
         last = time.monotonic() + _OPENING_S
         while time.monotonic() < last:
-            with self.opening():
-                connection = engine.connect()
-                if connection.execute(lock).scalar_one():
-                    return connection
-                connection.close()
+            connection = engine.connect()
+            if connection.execute(lock).scalar_one():
+                return connection
+            connection.close()
             time.sleep(random.uniform(0.02, 0.2))
         raise ArchiveLocked(f"{self} has been opened by others for {_OPENING_S} seconds; start again, fewer at a time")
 
@@ -116,13 +115,12 @@ class Storage:
 
     def create_study(self, name: str, num_objectives: int) -> tuple[optuna.Study, Trials]:
         """The study of that name, a new one where there is none."""
-        with self.opening():
-            self.has_tables()  # raises for a database of something else, before Optuna adds its tables to it
-            storage = self._connect_optuna()
-            study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True,
-                                        directions=["minimize"] * num_objectives)
-            create_tables(storage.engine)
-            return study, Trials(self.url, name=name)
+        self.has_tables()  # raises for a database of something else, before Optuna adds its tables to it
+        storage = self._connect_optuna()
+        study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True,
+                                    directions=["minimize"] * num_objectives)
+        create_tables(storage.engine)
+        return study, Trials(self.url, name=name)
 
     def _connect_optuna(self, *, check: bool = True) -> optuna.storages.RDBStorage:
         """Optuna's storage, whose connections are closed after use."""
