@@ -153,7 +153,7 @@ class StudyConfig(_Section):
     network: Options = Field({}, description="Network to train as the teacher: {name: restormer, dim: 48}.")
     teacher: str = Field("", description="Checkpoint or builtin:NAME; empty to train `network`.")
     library: str = Field("", description="Library folder or builtin:NAME; empty to distil one.")
-    granularity: Literal["stage", "block"] = Field("stage", description="What a slot is.")
+    granularity: Literal["stage", "pair", "block"] = Field("stage", description="What a slot is; pairs are of blocks.")
     choices: Entries = Field((), description="Surrogates offered in every slot: [vssd×1, conv×2].")
     slots: dict[str, Entries] = Field({}, max_length=1024, description="Surrogates by slot: {latent: [vssd×1]}.")
     data: DataConfig = DataConfig()

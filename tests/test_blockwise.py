@@ -164,6 +164,16 @@ def test_a_library_round_trips_bit_for_bit(tmp_path: Path, dtype: str) -> None:
             assert torch.equal(value, value.to(getattr(torch, dtype)).float())
 
 
+def test_whole_numbers_among_the_weights_stay_whole_in_a_library(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = create_network("dat", embed_dim=8, depth=[2], num_heads=[2], split_size=[4, 8])
+    counted = "layers.0.blocks.0.attn.dwconv.1.num_batches_tracked"
+    network.get_buffer(counted).fill_(500_001)  # neither float16 nor bfloat16 has it
+    create_library(tmp_path / "lib", network, task="t", recipe={}, dtype="float16")
+    again = open_library(tmp_path / "lib").load_teacher().get_buffer(counted)
+    assert (again.dtype, int(again)) == (torch.int64, 500_001)
+
+
 def test_surrogates_start_from_numbers_of_their_own() -> None:
     network = teacher()
     started = [parameters_to_vector(create_surrogate(network, network.slot(slot), choice, seed=seed).parameters())

@@ -46,7 +46,7 @@ def test_folders_are_relative_to_the_study_and_the_name_is_the_files(tmp_path: P
     ("finetune: {candidates: 0}", "finetune.candidates is at least 1, got 0"),
     ("data: {report: 3}", "data.report is text, got 3"),
     ("teacher: a.pth\ntrain: {taught_by: b.pth, taught_weight: 0.5}", "so none is trained"),
-    ("granularity: layer", "'stage' or 'block'"),
+    ("granularity: layer", "'stage', 'pair' or 'block'"),
     ("slots: {latent: [vssd×1]}", "either `choices`"),
     ("network:", "give `teacher`, or `network` with a name"),
     ("a: [", "not valid YAML"),

@@ -71,9 +71,36 @@ def test_prices_of_a_space_come_from_its_options(network: Network) -> None:
 
 
 def test_words_there_are_not_are_refused_with_those_there_are(network: Network) -> None:
-    with pytest.raises(ValueError, match="'blok'; allowed: stage, block"):
+    with pytest.raises(ValueError, match="'blok'; allowed: stage, pair, block"):
         build_space("s", network, granularity="blok")
     with pytest.raises(ValueError, match="'restorer' to price as a transformer; allowed: restormer, mambair"):
         build_space("s", network, transformers=["restorer"])
     with pytest.raises(ValueError, match="no slot 'middle'; the network has encoder_level1"):
         build_space("s", network, slots={"middle": CONV})
+
+
+def test_pairs_of_blocks_are_slots_and_one_that_is_left_over_is_its_own() -> None:
+    torch.manual_seed(0)
+    network = create_network("restormer", dim=8, num_blocks=[2, 1, 1, 5], num_refinement_blocks=1).eval()
+    space = build_space("s", network, granularity="pair", choices=[Choice("restormer", 1)])
+    names = [slot.name for slot in space.slots]
+    assert names[0] == "encoder_level1.0-1"
+    assert [name for name in names if name.startswith("latent")] == ["latent.0-1", "latent.2-3", "latent.4"]
+    image = torch.rand(1, 3, 16, 24)
+    found = network.capture(image, ["latent", "latent.0-1", "latent.1", "latent.2-3"])
+    assert torch.equal(found["latent.0-1"][0], found["latent"][0])
+    assert torch.equal(found["latent.0-1"][1], found["latent.1"][1])
+    with torch.no_grad():
+        assert torch.equal(network.content("latent.2-3")(found["latent.2-3"][0]), found["latent.2-3"][1])
+        before = network(image)
+        network.fill("latent.0-1", network.content("latent.0-1"))
+        assert torch.equal(network(image), before)
+        network.fill("latent.2-3", nn.Identity())
+        after = network.capture(image, ["latent.2-3", "latent.1", "latent.4"])
+    assert torch.equal(after["latent.4"][0], after["latent.1"][1]), "nothing of the pair is left"
+
+
+@pytest.mark.parametrize("slots", [["latent.0-1", "latent.1"], ["latent.0-1", "latent"], ["latent.0", "latent.0-1"]])
+def test_a_pair_and_what_overlaps_it_are_refused(network: Network, slots: list[str]) -> None:
+    with pytest.raises(ValueError, match="lies in slot"):
+        build_space("s", network, slots=dict.fromkeys(slots, CONV))

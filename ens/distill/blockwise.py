@@ -103,7 +103,7 @@ def create_surrogate(teacher: Network, spec: SlotSpec, choice: Choice, *, seed: 
         torch.manual_seed(derive_seed(seed, spec.name, choice.label))
         blocks = create_filling(spec, choice)
     if choice.family == spec.family:
-        original = list(teacher.get_submodule(spec.module).children()) if spec.depth > 1 else []
+        original = list(teacher.content(spec.name).children()) if spec.depth > 1 else []
         for i, block in enumerate(blocks if len(original) >= choice.depth else []):
             source = copy.deepcopy(original[i * len(original) // choice.depth].state_dict())
             if {name: value.shape for name, value in source.items()} == {

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import safetensors.torch
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from ens.atomic import write_atomic
 from ens.networks import create_network
@@ -251,9 +251,9 @@ def builtin_folder(name: str) -> Path:
 
 
 def save_weights(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
-    """Write the weights of a module as safetensors of this type."""
+    """Write the weights of a module as safetensors of this type; whole numbers (counts, indices) stay as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: value.to(dtype).contiguous() for name, value in module.state_dict().items()}
+    state = {name: _round(value, dtype).contiguous() for name, value in module.state_dict().items()}
     write_atomic(path, safetensors.torch.save(state))
 
 
@@ -261,7 +261,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     """Load strictly, into the module's own float32; raises LibraryError naming the file and the reason."""
     try:
         _, state = read_safetensors(path)
-        load_strictly(path, module, {name: value.float() for name, value in state.items()})
+        load_strictly(path, module, {name: _round(value, torch.float32) for name, value in state.items()})
     except CheckpointError as error:
         raise LibraryError(f"{error}; {_REMEDY}") from None
 
@@ -270,4 +270,8 @@ def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """Make every weight representable in `dtype`, in place."""
     with torch.no_grad():
         for value in module.state_dict().values():
-            value.copy_(value.to(dtype))
+            value.copy_(_round(value, dtype))
+
+
+def _round(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value

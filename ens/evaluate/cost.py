@@ -128,10 +128,11 @@ def build_cost_table(network: Network, space: SearchSpace, *, height: int = 256,
     known: dict[tuple[SlotSpec, Choice, tuple[int, ...]], tuple[int, int]] = {}
     for slot, spec in zip(space.slots, specs, strict=True):
         shape, operations = own[slot.name]
-        entries.append([(_count_params(network.get_submodule(spec.module)), operations)])
+        entries.append([(_count_params(network.content(spec.name)), operations)])
         rest = (rest[0] - entries[-1][0][0], rest[1] - operations)
         for choice in slot.choices[1:]:
-            alike = (replace(spec, name="", module="", depth=0), choice, shape)  # stages of one shape are counted once
+            # Stages of one shape are counted once.
+            alike = (replace(spec, name="", module="", behind=(), depth=0), choice, shape)
             if alike not in known:
                 with torch.device("meta"):  # sizes are all that counts, so no time goes into random weights
                     blocks = create_filling(spec, choice).eval()
@@ -165,16 +166,15 @@ def _count_run(shadow: Network, specs: Sequence[SlotSpec],
                shape: tuple[int, ...]) -> tuple[int, dict[str, tuple[tuple[int, ...], int]]]:
     counter = FlopCounterMode(display=False)
     found: dict[str, tuple[tuple[int, ...], int]] = {}
+
+    def enter(name: str, x: Tensor) -> None:
+        found[name] = (tuple(x.shape), counter.get_total_flops())
+
+    def leave(name: str, x: Tensor) -> None:
+        found[name] = (found[name][0], counter.get_total_flops() - found[name][1])
+
     for spec in specs:
-        def enter(module: nn.Module, inputs: tuple[Tensor, ...], name: str = spec.name) -> None:
-            found[name] = (tuple(inputs[0].shape), counter.get_total_flops())
-
-        def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = spec.name) -> None:
-            found[name] = (found[name][0], counter.get_total_flops() - found[name][1])
-
-        module = shadow.get_submodule(spec.module)
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
+        shadow.watch(spec.name, enter, leave)
     with torch.no_grad(), counter:
         shadow(image_for(shadow, shape))
     return counter.get_total_flops(), found

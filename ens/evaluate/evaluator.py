@@ -42,7 +42,7 @@ class Evaluator:
         network = copy.deepcopy(network).to(device).eval()
         self._network = network
         self._space = space
-        self._fillings = [[network.get_submodule(network.slot(slot.name).module) if module is None else
+        self._fillings = [[network.content(slot.name) if module is None else
                            module if isinstance(module, str) else module.to(device) for module in modules]
                           for slot, modules in zip(space.slots, fillings, strict=True)]
         self._slot_steps = [network.slot_step(slot.name) for slot in space.slots]

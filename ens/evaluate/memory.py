@@ -175,17 +175,14 @@ def _trace_network(network: Network, specs: Sequence[SlotSpec],
     shadow = fold_blocks(copy_shapes(network).eval())
     visits: dict[str, Visit] = {}
     with torch.no_grad(), _exported(), _Liveness(shadow) as live:
+        def enter(name: str, x: Tensor) -> None:
+            visits[name] = live.time, live.time, tuple(x.shape), x.untyped_storage()._cdata
+
+        def leave(name: str, x: Tensor) -> None:
+            visits[name] = visits[name][0], live.time, *visits[name][2:]
+
         for spec in specs:
-            def enter(module: nn.Module, inputs: tuple[Tensor, ...], name: str = spec.name) -> None:
-                given = inputs[0]
-                visits[name] = live.time, live.time, tuple(given.shape), given.untyped_storage()._cdata
-
-            def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = spec.name) -> None:
-                visits[name] = visits[name][0], live.time, *visits[name][2:]
-
-            module = shadow.get_submodule(spec.module)
-            module.register_forward_pre_hook(enter)
-            module.register_forward_hook(leave)
+            shadow.watch(spec.name, enter, leave)
         result = shadow(image_for(shadow, shape))
     live.time += _STEPS
     live.read(result)

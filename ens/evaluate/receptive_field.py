@@ -58,7 +58,7 @@ def measure_slot(network: Network, slot: str, images: Sequence[ValidationImage],
     """`measure_receptive_field` of what fills a slot, or of `module` in its place, on the features of these images."""
     features = [network.capture(pad_to_multiple(image.degraded[None], network.size_multiple), [slot])[slot][0]
                 for image in images]
-    return measure_receptive_field(module or network.get_submodule(network.slot(slot).module), features)
+    return measure_receptive_field(module or network.content(slot), features)
 
 
 def energy_side_px(energy: EnergyMap, share: float) -> int:

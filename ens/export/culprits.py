@@ -21,7 +21,7 @@ def list_culprits(network: Network, slots: Sequence[str], suffix: str) -> list[s
     with tempfile.TemporaryDirectory() as folder:
         for name in slots:
             spec = network.slot(name)
-            row = RowNetwork(network.get_submodule(spec.module), spec.channels,
+            row = RowNetwork(network.content(name), spec.channels,
                              max(1, network.size_multiple // spec.downscale)).eval()
             size = check_size(row, suffix, None)
             try:

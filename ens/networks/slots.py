@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from ens.blocks import FAMILIES
-from ens.networks.steps import Network, SlotSpec, block_slots, check_depth
+from ens.networks.steps import Network, SlotSpec, block_slots, check_depth, pair_slots
 from ens.space import Choice, SearchSpace, Slot
 
-GRANULARITIES = ("stage", "block")
+GRANULARITIES = ("stage", "pair", "block")
 
 
 def build_space(name: str, network: Network, *, granularity: str = "stage", choices: Sequence[Choice] = (),
@@ -19,15 +19,15 @@ def build_space(name: str, network: Network, *, granularity: str = "stage", choi
                 transformers: Sequence[str] = SearchSpace.transformers) -> SearchSpace:
     """Slots in execution order, the teacher's choice first in each.
 
-    `slots` names slots (stages, or blocks as `stage.index`) with the surrogates of each; without it every slot of the
-    granularity offers `choices`. The prices are `SearchSpace`'s. Raises ValueError for a slot the network lacks, for
-    slots of which one lies in another, and for a granularity, family or depth that there is not.
+    `slots` names slots (stages, blocks as `stage.index`, pairs as `stage.0-1`) with the surrogates of each; without it
+    every slot of the granularity offers `choices`. The prices are `SearchSpace`'s. Raises ValueError for a slot the
+    network lacks, for slots of which one lies in another, and for a granularity, family or depth that there is not.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"{name}: no granularity {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
-    stages, blocks = list(network.slots), block_slots(network.slots)
-    known = {spec.name: spec for spec in (*stages, *blocks)}
-    offered = slots or {spec.name: choices for spec in (stages if granularity == "stage" else blocks)}
+    stages, blocks, pairs = list(network.slots), block_slots(network.slots), pair_slots(network.slots)
+    known = {spec.name: spec for spec in (*stages, *blocks, *pairs)}
+    offered = slots or {spec.name: choices for spec in {"stage": stages, "block": blocks, "pair": pairs}[granularity]}
     for slot in offered:
         if slot not in known:
             raise ValueError(f"{name}: no slot {slot!r}; the network has {', '.join(known)}")
@@ -37,7 +37,8 @@ def build_space(name: str, network: Network, *, granularity: str = "stage", choi
             raise ValueError(f"{name}: no block family {family!r} to price as a transformer; allowed: "
                              f"{', '.join(families)}")
     _check_apart(name, [known[slot] for slot in offered])
-    order = {slot: (network.slot_step(slot), index) for index, slot in enumerate(known)}
+    place = {spec.module: index for index, spec in enumerate((*stages, *blocks))}
+    order = {slot: (network.slot_step(slot), place[spec.module]) for slot, spec in known.items()}
     filled = []
     for slot in sorted(offered, key=lambda slot: order[slot]):
         own = Choice(known[slot].family, known[slot].depth, teacher=True)
@@ -51,5 +52,6 @@ def build_space(name: str, network: Network, *, granularity: str = "stage", choi
 def _check_apart(name: str, specs: Sequence[SlotSpec]) -> None:
     """Raise ValueError where one slot lies in another: filling both is not defined, and their costs do not add up."""
     for outer, inner in itertools.permutations(specs, 2):
-        if inner.module == outer.module or inner.module.startswith(f"{outer.module}."):
+        if any(one == other or one.startswith(f"{other}.") for one in (inner.module, *inner.behind)
+               for other in (outer.module, *outer.behind)):
             raise ValueError(f"{name}: slot {inner.name!r} lies in slot {outer.name!r}; a space may have one of them")

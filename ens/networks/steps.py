@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from ens.blocks import create_stack
 from ens.blocks.bounds import MAX_DEPTH
@@ -47,7 +48,8 @@ class SlotSpec:
 
     `module` is the dotted name of the submodule in the slot, `depth` its number of blocks, `family` theirs, `heads` the
     attention heads where the family has some, and `options` the block options the network was built with. `single`:
-    the submodule is one block itself, not a row of blocks.
+    the submodule is one block itself, not a row of blocks. `behind`: blocks that run right behind `module` and are in
+    the slot with it.
     """
 
     name: str
@@ -59,6 +61,7 @@ class SlotSpec:
     heads: int = 1
     options: tuple[tuple[str, int | float | str | bool], ...] = ()
     single: bool = False
+    behind: tuple[str, ...] = ()
 
 
 class Network(nn.Module):
@@ -108,34 +111,55 @@ class Network(nn.Module):
         return x[..., :height * self.upscale, :width * self.upscale]
 
     def slot(self, name: str) -> SlotSpec:
-        """Stage or block slot by name; raises KeyError listing the names. Blocks of a stage are `stage.index`."""
-        for spec in (*self.slots, *block_slots(self.slots)):
+        """Stage, block or pair of blocks by name; raises KeyError listing the names. Blocks of a stage are
+        `stage.index`, pairs of them `stage.0-1`.
+        """
+        for spec in (*self.slots, *block_slots(self.slots), *pair_slots(self.slots)):
             if spec.name == name:
                 return spec
         raise KeyError(f"no slot {name!r}; stages: {', '.join(spec.name for spec in self.slots)} "
-                       "(one block: stage.index)")
+                       "(one block: stage.index, a pair: stage.0-1)")
+
+    def content(self, name: str) -> nn.Module:
+        """What is in a slot; a pair of blocks is a row."""
+        spec = self.slot(name)
+        first, *behind = (self.get_submodule(module) for module in (spec.module, *spec.behind))
+        return nn.Sequential(first, *behind) if behind else first
 
     def fill(self, name: str, module: nn.Module) -> None:
-        """Put a module that keeps the shape into a slot (stage or block), in place."""
-        self.set_submodule(self.slot(name).module, module)
+        """Put a module that keeps the shape into a slot, in place."""
+        spec = self.slot(name)
+        self.set_submodule(spec.module, module)
+        for other in spec.behind:
+            self.set_submodule(other, nn.Sequential())
 
     def capture(self, image: Tensor, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """Run once and return (input, output) of every named slot; `image` as in `restore`. No gradients."""
-        features: dict[str, tuple[Tensor, Tensor]] = {}
+        given: dict[str, Tensor] = {}
+        returned: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                features[name] = (inputs[0], output)
-            return hook
+        def enter(name: str, x: Tensor) -> None:
+            given[name] = x
 
-        hooks = [self.get_submodule(self.slot(name).module).register_forward_hook(keep(name)) for name in names]
+        def leave(name: str, x: Tensor) -> None:
+            returned[name] = x
+
+        hooks = [hook for name in names for hook in self.watch(name, enter, leave)]
         try:
             with torch.no_grad():
                 self.restore(image)
         finally:
             for handle in hooks:
                 handle.remove()
-        return features
+        return {name: (given[name], returned[name]) for name in names}
+
+    def watch(self, name: str, enter: Callable[[str, Tensor], None],
+              leave: Callable[[str, Tensor], None]) -> tuple[RemovableHandle, RemovableHandle]:
+        """Call `enter` with a slot's name and input in every pass, and `leave` with its output."""
+        spec = self.slot(name)
+        last = self.get_submodule((spec.module, *spec.behind)[-1])
+        return (self.get_submodule(spec.module).register_forward_pre_hook(lambda _, inputs: enter(name, inputs[0])),
+                last.register_forward_hook(lambda _, __, output: leave(name, output)))
 
     def released_keys(self) -> dict[str, str]:
         """Keys of the weights as a released file has them -> those of this network's `state_dict`."""
@@ -165,6 +189,18 @@ def block_slots(stages: Sequence[SlotSpec]) -> list[SlotSpec]:
     """Every block of these stages as a slot, in execution order; a stage that is one block itself stays as it is."""
     return [stage if stage.single else replace(stage, name=f"{stage.name}.{i}", module=f"{stage.module}.{i}", depth=1)
             for stage in stages for i in range(stage.depth)]
+
+
+def pair_slots(stages: Sequence[SlotSpec]) -> list[SlotSpec]:
+    """Blocks of these stages two by two, in execution order; one that is left over, or alone, is a slot itself."""
+    pairs = []
+    for stage in stages:
+        blocks = block_slots([stage])
+        for first in range(0, len(blocks) - 1, 2):
+            pairs.append(replace(blocks[first], name=f"{blocks[first].name}-{first + 1}", depth=2,
+                                 behind=(blocks[first + 1].module,)))
+        pairs.extend(blocks[len(blocks) // 2 * 2:])
+    return pairs
 
 
 def count_row(keys: Iterable[str], row: str) -> int:

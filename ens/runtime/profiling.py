@@ -79,7 +79,7 @@ def plan_profile(network: Network, space: SearchSpace, *, height: int, width: in
         shape = (1, spec.channels, height // spec.downscale, width // spec.downscale)
         entries[slot.name] = {}
         for choice in slot.choices:
-            if choice.teacher and not _runs_alone(network.get_submodule(spec.module)):
+            if choice.teacher and not _runs_alone(network.content(slot.name)):
                 continue
             stem = _name_part(network, spec, choice)
             name = entries[slot.name][choice.label] = f"{stem}-{shape[2]}x{shape[3]}"
@@ -87,7 +87,7 @@ def plan_profile(network: Network, space: SearchSpace, *, height: int, width: in
     image = (1, network.in_channels, height, width)
     whole = [Part("rest", "rest", image, lambda: _build_hybrid(network, space, None))]
     for slot in space.slots:
-        if not _runs_alone(network.get_submodule(network.slot(slot.name).module)):
+        if not _runs_alone(network.content(slot.name)):
             name = entries[slot.name][slot.choices[0].label] = f"{_WITHIN}{slot.name}"
             whole.append(Part(name, name, image, functools.partial(_build_hybrid, network, space, None, slot.name)))
     timed = checked_genotypes(space, checks + checks // 4, seed)
@@ -100,7 +100,7 @@ def plan_profile(network: Network, space: SearchSpace, *, height: int, width: in
 def _name_part(network: Network, spec: SlotSpec, choice: Choice) -> str:
     """A file's name that two slots share where nothing in it differs."""
     own = spec.options if choice.teacher or choice.family == spec.family else ()
-    single = _describe_structure(network.get_submodule(spec.module)) if spec.single and choice.teacher else ""
+    single = _describe_structure(network.content(spec.name)) if spec.single and choice.teacher else ""
     known = repr((spec.heads, choice.family, choice.depth, choice.options, own, single))
     return f"{choice.family}-{choice.depth}-{spec.channels}ch-{hashlib.sha256(known.encode()).hexdigest()[:8]}"
 
@@ -120,7 +120,7 @@ def _name_file(part: Part, suffix: str) -> str:
 def _fill(network: Network, spec: SlotSpec, choice: Choice) -> nn.Module:
     if not choice.teacher:
         return create_filling(spec, choice)
-    own = copy.deepcopy(network.get_submodule(spec.module))
+    own = copy.deepcopy(network.content(spec.name))
     return _materialise(own)
 
 
