@@ -121,6 +121,7 @@ class SearchConfig(_Section):
     batch_size: int = Field(1, ge=1, le=65536, description="Genotypes asked for at a time; they share prefixes.")
     require: Literal["", "edge"] = Field("", description="edge: only blocks that edge runtimes run in one piece.")
     patience: int = Field(0, ge=0, le=_MANY, description="End when the front has not grown for so many evaluations.")
+    race: bool = Field(False, description="Spare what is dominated with confidence the rest of the images.")
     fix: dict[str, str] = Field({}, max_length=1024, description="Slots that keep a choice: {latent: conv×2}.")
     forbid: tuple[str, ...] = Field((), max_length=64, description="Families that no slot takes: [mambair].")
     max: dict[str, Number] = Field({}, max_length=16, description="Bounds of objectives: {latency_ms: 300}.")
@@ -273,15 +274,12 @@ def dump_study(study: StudyConfig) -> str:
     return yaml.safe_dump(json.loads(study.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
-_MAY_CHANGE = ("search.budget", "search.patience", "search.fix", "search.forbid", "search.max",
+_MAY_CHANGE = ("search.budget", "search.patience", "search.race", "search.fix", "search.forbid", "search.max",
                "latency.", "device", "threads", "finetune.", "data.report")
 
 
 def check_same_run(before: StudyConfig, now: StudyConfig, out: Path) -> bool:
-    """Whether two studies of one run folder differ; raises ConfigError where they differ in what was made with them.
-
-    The budget, bounds, the device, threads, timing, fine-tuning and report images may change.
-    """
+    """Whether two studies of one run folder differ; raises ConfigError where they do in more than `_MAY_CHANGE`."""
     flat_before, flat_now = flatten(before.model_dump()), flatten(now.model_dump())
     changed = [key for key in sorted({*flat_before, *flat_now}) if flat_before.get(key) != flat_now.get(key)]
     clashes = [f"{key}: {flat_before.get(key)} there, {flat_now.get(key)} now" for key in changed

@@ -18,12 +18,15 @@ from pathlib import Path
 
 import torch
 
+from ens.evaluate.racing import Race
 from ens.networks.own import import_code, list_imports
+from ens.objectives import QUALITY, objective_values
 from ens.pareto.archive import Archive
+from ens.pareto.front import non_dominated
 from ens.run_folder import RunFolder
 from ens.runtime.process import EXIT_FAILED, Control, Interrupted, keep_freed_memory
 from ens.search.loop import share_search
-from ens.space import Genotype, Measurement
+from ens.space import Genotype, Measurement, SearchSpace
 
 _LOOK_S = 0.5
 
@@ -64,14 +67,31 @@ def _measure(run: RunFolder, control: Control, jobs: int, threads: int, determin
 def _work(run: RunFolder, archive: Archive, *, jobs: int, deterministic: bool,
           progress: Callable[[int, int], None]) -> None:
     """One worker of at least `jobs`: ask, claim, measure, record, until the budget is spent."""
-    settings = run.study.search
+    settings, bounded = run.study.search, run.bounded
 
     def evaluate(batch: list[Genotype]) -> Iterator[Measurement]:
-        return run.evaluator.evaluate(batch)
+        return run.evaluator.evaluate(batch, _start_race(run, archive, bounded) if settings.race else None)
 
     share_search(engine=run.build_engine(), objectives=settings.objectives, board=archive, evaluate=evaluate,
                  budget=run.budget, batch_size=settings.batch_size, patience=settings.patience, workers=jobs,
-                 deterministic=deterministic, allows=run.bounded.allows, progress=progress)
+                 deterministic=deterministic, allows=bounded.allows, progress=progress)
+
+
+def _start_race(run: RunFolder, archive: Archive, space: SearchSpace) -> Race | None:
+    """What the next genotypes have to beat: the front of what the engine was told.
+
+    Of whole batches, so that it follows from how far the search is, and neither from who is faster nor from what was
+    interrupted.
+    """
+    settings, count = run.study.search, len(run.validation.images)
+    measured = archive.measurements()
+    told = [one for one in measured[:len(measured) - len(measured) % settings.batch_size]
+            if one.valid and len(one.psnr_db) == count and space.allows(one.genotype)]
+    if QUALITY not in settings.objectives or not told:
+        return None
+    keep = non_dominated(objective_values(told, settings.objectives))
+    return Race([one for one, is_kept in zip(told, keep, strict=True) if is_kept],
+                [name for name in settings.objectives if name != QUALITY])
 
 
 def _report(control: Control, archive: Archive, done: int, total: int) -> None:

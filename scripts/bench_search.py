@@ -61,18 +61,18 @@ def write_synthetic(path: Path, sizes: tuple[int, ...], order: int, seed: int) -
 
 
 def write_measured(run: Path, path: Path) -> None:
-    """All values of every genotype of an exhaustive search as a table."""
+    """All values of every genotype of an exhaustive search as a table, and its PSNR of every image."""
     archive = read_archive(run / "archive.db")
     measured = sorted(archive.known().values(), key=lambda item: item.genotype)
     if len(measured) != archive.space.num_genotypes:
         raise SystemExit(f"{run} holds {len(measured)} of {archive.space.num_genotypes} genotypes")
-    names = list(measured[0].values)
+    names, images = list(measured[0].values), [f"psnr_db_{index}" for index in range(len(measured[0].psnr_db))]
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["genotype", *names])
-        rows.writerows([format_genotype(item.genotype), *(f"{item.values[name]:.7g}" for name in names)]
-                       for item in measured)
+        rows.writerow(["genotype", *names, *images])
+        rows.writerows([format_genotype(item.genotype), *(f"{item.values[name]:.7g}" for name in names),
+                        *(f"{value:.4f}" for value in item.psnr_db)] for item in measured)
 
 
 def corner_of(name: str, table: Table) -> tuple[float, ...]:

@@ -18,9 +18,10 @@ from ens.evaluate.evaluator import CACHE_BYTES, Evaluator, evaluate_protocols
 from ens.evaluate.meters import METERS
 from ens.evaluate.metrics import score
 from ens.evaluate.protocols import find_protocol
+from ens.evaluate.racing import Race
 from ens.networks import create_network
 from ens.networks.steps import Network, create_filling
-from ens.space import Choice, SearchSpace, Slot
+from ens.space import Choice, Measurement, SearchSpace, Slot
 
 PROTOCOL = find_protocol("denoise-color-awgn")
 
@@ -92,6 +93,23 @@ def test_a_batch_runs_each_prefix_once_an_image() -> None:
     list(evaluator.evaluate(sorted(space.enumerate(), reverse=True)))
     first, second, steps = net.slot_step("encoder_level1"), net.slot_step("latent"), len(net.steps)
     assert evaluator.steps_run == 3 * (first + 2 * (second - first) + 4 * (steps - second))
+
+
+def test_what_loses_a_race_is_spared_the_images_that_follow_and_all_else_is_as_before() -> None:
+    """The first image's figures aside, the front is made up: nothing but its own cost keeps a genotype in the race."""
+    net = network()
+    space = space_of(net, ["encoder_level1", "latent"], [Choice("conv", 1)])
+    evaluator, genotypes = evaluator_of(net, space, fillings_of(net, space), images(4)), list(space.enumerate())
+    whole = list(evaluator.evaluate(genotypes))
+    limit = whole[2].values["macs"]
+    best = Measurement((1, 1), {"psnr_drop_db": -20.0, "macs": limit}, (50.0,) * 4)
+    for one, raced in zip(whole, evaluator.evaluate(genotypes, Race([best], ("macs",))), strict=True):
+        if one.values["macs"] < limit:
+            assert raced == one
+        else:
+            assert raced.valid and len(raced.psnr_db) < 4 and raced.psnr_db == one.psnr_db[:len(raced.psnr_db)]
+            assert raced.values["psnr_drop_db"] > -20 and raced.note.endswith("1-1 is better")
+            assert raced.values["macs"] == one.values["macs"]
 
 
 def test_states_are_kept_for_one_image_at_a_time() -> None:

@@ -9,7 +9,7 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,8 +18,9 @@ from ens.data.pairs import ValidationImage, ValidationSet
 from ens.evaluate.meters import Meter
 from ens.evaluate.metrics import SSIM_WINDOW_PX, Score, score, score_input, score_psnr_db
 from ens.evaluate.protocols import Protocol
+from ens.evaluate.racing import Race
 from ens.networks.steps import Network, State, pad_to_multiple
-from ens.objectives import add_quality, count_perfect, mean_psnr_db, psnr_drop_db
+from ens.objectives import QUALITY, add_quality, count_perfect, mean_psnr_db, psnr_drop_db
 from ens.shortage import is_shortage
 from ens.space import Genotype, Measurement, SearchSpace
 
@@ -58,34 +59,42 @@ class Evaluator:
         """`evaluate` of one genotype."""
         return next(self.evaluate([genotype]))
 
-    def evaluate(self, genotypes: Sequence[Genotype]) -> Iterator[Measurement]:
+    def evaluate(self, genotypes: Sequence[Genotype], race: Race | None = None) -> Iterator[Measurement]:
         """One measurement a genotype, in the given order: PSNR of every validation image, and every meter.
 
-        Image after image is run through all of them, sorted so that neighbours share the longest prefixes. A hybrid
+        Image after image is run through all of them, sorted so that neighbours share the longest prefixes. What loses
+        the `race` is left out of the images that follow; its drop is estimated, and its note says so. A hybrid
         that cannot be built, raises, or returns what is not finite is an invalid measurement that says so; memory or
         disk that runs out is raised, for no genotype is to blame.
         """
-        for genotype, (psnr_db, reason) in self._run_all(genotypes).items():
-            values = {name: meter.measure(genotype) for name, meter in self._meters.items()}
-            if not reason and any(math.isnan(value) or value == -math.inf for value in psnr_db):
-                reason = "PSNR is not finite"
-            yield add_quality(Measurement(genotype, values, psnr_db, not reason, reason),
-                              teacher_psnr_db=self._teacher_psnr_db)
-
-    def _run_all(self, genotypes: Sequence[Genotype]) -> dict[Genotype, tuple[tuple[float, ...], str]]:
-        """PSNR of every image, and why there is none ("" where there is), of every genotype in the given order."""
+        values = {one: {name: meter.measure(one) for name, meter in self._meters.items()} for one in genotypes}
         reasons = {genotype: self._missing(genotype) for genotype in genotypes}
         psnr_db: dict[Genotype, list[float]] = {genotype: [] for genotype in genotypes}
+        lost: dict[Genotype, tuple[float, str]] = {}
         for image in self._images:
             cache = _PrefixCache(self._start(image), self._cache_bytes)
-            for genotype in sorted(genotype for genotype, reason in reasons.items() if not reason):
+            for genotype in sorted(one for one, reason in reasons.items() if not reason and one not in lost):
                 try:
                     psnr_db[genotype].append(self._psnr_db(genotype, image, cache))
                 except Exception as error:
                     if is_shortage(error):
                         raise
                     reasons[genotype] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return {genotype: (tuple(psnr_db[genotype]), reasons[genotype]) for genotype in genotypes}
+                if race and (found := race.judge(psnr_db[genotype], values[genotype])):
+                    lost[genotype] = found
+        for genotype in genotypes:
+            yield self._conclude(genotype, values[genotype], psnr_db[genotype], reasons[genotype], lost.get(genotype))
+
+    def _conclude(self, genotype: Genotype, values: dict[str, float], psnr_db: Sequence[float], reason: str,
+                  lost: tuple[float, str] | None) -> Measurement:
+        """The measurement of what was found; `lost` holds drop and note of one that was stopped."""
+        if not reason and any(math.isnan(value) or value == -math.inf for value in psnr_db):
+            reason = "PSNR is not finite"
+        found = add_quality(Measurement(genotype, values, tuple(psnr_db), not reason, reason),
+                            teacher_psnr_db=self._teacher_psnr_db[:len(psnr_db)])
+        if lost and found.valid:
+            return replace(found, values={**found.values, QUALITY: lost[0]}, note=lost[1])
+        return found
 
     def _missing(self, genotype: Genotype) -> str:
         """Why the hybrid cannot be built, "" where it can."""

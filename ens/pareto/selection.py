@@ -130,6 +130,8 @@ def select_front(measurements: Sequence[Measurement], objectives: Sequence[str],
     find_objectives(objectives)
     check_any_valid(measurements)
     valid = [measurement for measurement in measurements if measurement.valid]
+    count = max(len(measurement.psnr_db) for measurement in valid)
+    valid = [measurement for measurement in valid if len(measurement.psnr_db) == count]  # others lost a race
     _check_measured(valid, objectives)
     teacher = baseline.values if baseline is not None else _own_values(valid)
     mask = non_dominated(objective_values(valid, objectives))
