@@ -115,7 +115,7 @@ class DistillConfig(_Section):
 class SearchConfig(_Section):
     """What is measured, and who chooses it."""
 
-    engine: str = Field("ehvi", description="Search engine; `ens info` lists them.")
+    engine: str = Field("exact", description="Search engine; `ens info` lists them.")
     objectives: tuple[str, ...] = Field(("psnr_drop_db", "penalty"), description="Two or three, all minimised.")
     budget: int = Field(500, ge=1, le=_MANY, description="Unique genotypes to measure.")
     batch_size: int = Field(1, ge=1, le=65536, description="Genotypes asked for at a time; they share prefixes.")

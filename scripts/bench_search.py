@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--from", dest="run", type=Path, help="run folder of scripts/table.yaml")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--engines", nargs="+", default=[name for name in ENGINES if name not in SKIPPED])
+    parser.add_argument("--tables", nargs="+", help="only these, and what is known of the others")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "search")
     arguments = parser.parse_args()
     record, scratch = arguments.out.with_suffix(".jsonl"), arguments.out.with_suffix(".csv")
@@ -158,7 +159,7 @@ def main() -> None:
         tables["denoise_demo"] = load_table(demo, ("psnr_drop_db", "latency_ms@one"))
     known = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()] if record.exists() else []
     done = {(line["table"], line["engine"], line["seed"]) for line in known}
-    for seed, name, engine in itertools.product(range(arguments.seeds), tables, arguments.engines):
+    for seed, name, engine in itertools.product(range(arguments.seeds), arguments.tables or tables, arguments.engines):
         if (name, engine, seed) not in done:
             known.append(search(name, tables[name], engine, seed))
             with record.open("a", encoding="utf-8") as file:

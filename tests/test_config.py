@@ -148,10 +148,10 @@ def test_the_schema_describes_every_key_with_its_bounds() -> None:
     assert schema["$defs"]["SearchConfig"]["properties"]["budget"]["minimum"] == 1
 
 
-def test_the_paper_is_the_default() -> None:
+def test_the_papers_budget_and_prices_are_the_default() -> None:
     study = StudyConfig(name="s", task={"name": "denoise"}, network={"name": "restormer"}, choices=("mambair×2",))
     assert (study.search.engine, study.search.budget, study.search.objectives) == (
-        "ehvi", 500, ("psnr_drop_db", "penalty"))
+        "exact", 500, ("psnr_drop_db", "penalty"))
     assert (study.penalty.teacher, study.penalty.per_block) == (2.0, 0.1)
 
 

@@ -24,6 +24,8 @@ _ITERATIONS = 30
 _GROWTH = 1.15
 """From one learning of the variances to the next. They are learned of that many genotypes and no more, so a prediction
 follows from what was measured, in order, and not from how often it was asked for."""
+_MOST_LEARNED = 512
+"""Genotypes that variances are learned of, at most: more would take minutes and tell nothing new of a number a slot."""
 _JITTER = 1e-8
 _FEWEST, _MOST = 20, 400
 """Measurements that a predictor is judged by."""
@@ -143,7 +145,7 @@ class Belief:
 
 def count_learned(count: int) -> int:
     """Of how many genotypes the variances are learned when `count` are measured."""
-    return int(_GROWTH ** np.floor(np.log(count) / np.log(_GROWTH) + 1e-9))
+    return min(_MOST_LEARNED, int(_GROWTH ** np.floor(np.log(count) / np.log(_GROWTH) + 1e-9)))
 
 
 def learn_variances(sizes: Sequence[int], genotypes: Sequence[Genotype], values: Array) -> Array:
