@@ -43,6 +43,7 @@ inspect = typer.Typer(no_args_is_help=True, help="Look inside a run.")
 app.add_typer(inspect, name="inspect")
 app.command()(timings.profile)
 app.command()(timings.bench)
+app.command()(timings.estimate)
 app.command()(starting.slots)
 app.command()(searching.search)
 app.command()(searching.pareto)
@@ -83,11 +84,14 @@ def run(study: given.Study, out: given.Out, pick: given.Pick = "knee", candidate
         restart: given.Restart = False, changes: given.Set = None, code: given.Import = None) -> None:
     """The whole road: train, distill, search, finetune, pareto, export; whatever of it is missing."""
     from ens import pipeline
+    from ens.forecast import forecast
 
     with reporting() as control:
         asked = [*_candidates(candidates), *given.search_changes(changes, bounds, require, patience, fix, forbid)]
         folder = given.start(study, out, asked, teacher=teacher, storage=storage, pick=pick,
                              restart=restart)
+        if ahead := forecast(folder):
+            control.say(f"run: {ahead.describe()}")
         model = pipeline.run_all(folder, control, pick=pick, jobs=jobs, deterministic=deterministic)
     print_front(folder, folder.front())
     print_tuned(folder, [parse_genotype(model.stem, folder.archive.space)])

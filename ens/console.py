@@ -24,7 +24,7 @@ from rich.style import StyleType
 from rich.table import Table
 
 from ens.objectives import OBJECTIVES
-from ens.runtime.process import Control, Interrupted, Stop, StopNow
+from ens.runtime.process import Control, Interrupted, Stop, StopNow, format_duration
 from ens.space import Genotype, format_genotype
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def reporting() -> Iterator[Control]:
     """Progress bars on a terminal; elsewhere a line every half minute."""
     bars: dict[str, TaskID] = {}
     last: dict[str, float] = {}
+    first: dict[str, tuple[float, int]] = {}
     quiet = os.environ.get("RANK", "0") != "0"  # torchrun starts several processes: the first one speaks
     with Progress(TextColumn("{task.description:>8}"), BarColumn(24), MofNCompleteColumn(),
                   TimeRemainingColumn(compact=True, elapsed_when_finished=True),
@@ -94,9 +95,12 @@ def reporting() -> Iterator[Control]:
             if verb not in bars:
                 bars[verb] = progress.add_task(verb, total=total, completed=done, note=note)
             progress.update(bars[verb], completed=done, total=total, note=note)
-            if progress.disable and not quiet and (done == total or time.monotonic() > last.get(verb, 0.0) + 30):
-                last[verb] = time.monotonic()
-                complain(f"{verb} {done}/{total} {note}")
+            now = time.monotonic()
+            began, before = first.setdefault(verb, (now, done))
+            if progress.disable and not quiet and (done == total or now > last.get(verb, 0.0) + 30):
+                last[verb] = now
+                left = (now - began) / (done - before) * (total - done) if before < done < total else 0.0
+                complain(f"{verb} {done}/{total} {note}" + (f", about {format_duration(left)} left" if left else ""))
 
         def say(line: str) -> None:
             if not quiet:

@@ -1,15 +1,16 @@
-"""The verbs of the command line that time: `ens profile` and `ens bench`."""
+"""The verbs of the command line that time: `ens profile`, `ens bench` and `ens estimate`."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ens.console import make_table, print_bench, reporting, say, show
-from ens.options import Import, Repeats, Runtime, Set, Sizes, Threads, parse_sizes
+from ens.options import Import, Repeats, Runtime, Set, Sizes, Study, Teacher, Threads, load_named, parse_sizes
 
 if TYPE_CHECKING:
     from ens.run_folder import RunFolder
@@ -101,3 +102,25 @@ def _open_target(target: str, out: Path | None, changes: list[str]) -> RunFolder
             slots.setdefault(item.slot, []).append(item.choice)
     study = {"name": "library", "task": {"name": "library"}, "library": target, "slots": slots, **tree}
     return RunFolder(out, build_study(study, folder=Path.cwd()))
+
+
+def estimate(study: Study, teacher: Teacher = None,
+             out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder with what is done.")] = None,
+             changes: Set = None, code: Import = None) -> None:
+    """Say what `ens run` of a study takes here: time of every verb, memory and disk, from a pilot of seconds."""
+    from ens.forecast import forecast
+    from ens.run_folder import RunFolder
+    from ens.runtime.process import format_duration
+
+    with tempfile.TemporaryDirectory() as empty, reporting() as control:
+        folder = RunFolder(out or Path(empty), load_named(study, changes, teacher), say=control.say)
+        folder.check(tuned=True)
+        found = forecast(folder)
+    if found is None:
+        say("Nothing is left that takes long.")
+        return
+    table = make_table(("verb", "what"), ("time",))
+    for cost in found.costs:
+        table.add_row(cost.verb, cost.what, format_duration(cost.seconds))
+    show(table)
+    say(found.describe())

@@ -11,7 +11,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "ens"
 ORDER = ("space", "objectives", "atomic", "shortage", "ops", "blocks", "networks", "data", "distill", "evaluate",
          "search", "pareto", "export", "runtime", "yaml_values", "config", "draft", "opened_study", "run_folder",
-         "companions", "workers", "pipeline", "console", "options", "timings", "starting", "searching", "cli")
+         "companions", "forecast", "workers", "pipeline", "console", "options", "timings", "starting", "searching",
+         "cli")
 ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage": set(), "ops": {"ops"},
            "data": {"data", "atomic"}, "search": {"search", "space", "objectives", "atomic"},
            "pareto": {"pareto", "space", "objectives", "atomic", "shortage"}}

@@ -104,6 +104,14 @@ class Stop:
         sys.stderr.write("Stopping after this step; once more stops at once.\n")
 
 
+def format_duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `26 hours` or `11 days`."""
+    for unit, name, most in ((1.0, "s", 90), (60.0, "min", 90), (3600.0, "hours", 48)):
+        if seconds < most * unit:
+            return f"{max(1, round(seconds / unit))} {name}"
+    return f"{round(seconds / 86400):,} days"
+
+
 def describe_error(error: Exception, command: str) -> tuple[str, int]:
     """One sentence for whatever went wrong, and the exit code; `command` is what continues the work."""
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())

@@ -177,7 +177,7 @@ def write_bundle(plan: Plan, folder: Path, *, runtime: str, threads: int, repeat
         if not (folder / name).exists():
             torch.manual_seed(0)
             with atomic_path(folder / name) as temporary:
-                _write(part, temporary, suffix)
+                write_part(part, temporary, suffix)
         on_step(done, len(files))
         if should_stop() and done < len(files):
             return False
@@ -197,7 +197,8 @@ def check_runtime(runtime: str) -> str:
     return RUNTIMES[runtime][0]
 
 
-def _write(part: Part, path: Path, suffix: str) -> None:
+def write_part(part: Part, path: Path, suffix: str) -> None:
+    """Write a part as a file of this suffix, on random weights."""
     network = fold_blocks(part.build())
     kind = FORMATS[suffix]
     size = part.shape[2:] if kind.default_size else None
