@@ -25,10 +25,10 @@ from ens.evaluate.meters import METERS, PEAK, Meter, build_latency, build_peak
 from ens.evaluate.protocols import Protocol, task_protocols
 from ens.export.hybrid import build_hybrid, open_network
 from ens.networks import create_network
-from ens.networks.own import is_own
 from ens.networks.slots import build_space
 from ens.networks.steps import Network, SlotSpec, create_filling
 from ens.objectives import LATENCY, QUALITY, find_objective, find_objectives
+from ens.own_code import is_own
 from ens.runtime.process import QUIET, Control
 from ens.runtime.profiling import profile_space, remove_bundle
 from ens.space import Choice, Genotype, SearchSpace

@@ -29,7 +29,8 @@ Bounds = Annotated[list[str] | None, typer.Option("--max", metavar="OBJECTIVE=VA
     "times."))]
 Require = Annotated[Literal["edge"] | None, typer.Option("--require", help=(
     "edge: leave out every choice that is no single piece in ExecuTorch (XNNPACK) or a loop in ONNX."))]
-Task = Annotated[str, typer.Option(help="Task with its numbers: denoise_s25, derain, deblur, sr_x4, jpeg_q10.")]
+Task = Annotated[str, typer.Option(help=(
+    "Task with its numbers: denoise_s25, derain, deblur, sr_x4, jpeg_q10; or my_degradation:degrade with --import."))]
 Within = Annotated[float | None, typer.Option(help="Name the cheapest member at most this many dB below the teacher.")]
 Storage = Annotated[str, typer.Option(help=(
     "URL of the archive instead of RUN/archive.db, for instance postgresql+psycopg://user@host/name; several machines "
@@ -78,7 +79,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 def _import_code(given: list[str] | None) -> list[str] | None:
     """Runs before the verb does; without --import nothing is loaded for it."""
     if given:
-        from ens.networks.own import import_code  # brings PyTorch
+        from ens.own_code import import_code  # brings PyTorch
 
         for code in given:
             import_code(code)
@@ -87,7 +88,7 @@ def _import_code(given: list[str] | None) -> list[str] | None:
 
 def spell(*words: str) -> str:
     """A command to type next, with what this one has imported."""
-    from ens.networks.own import list_imports
+    from ens.own_code import list_imports
 
     here = f"{Path.cwd()}{os.sep}"
     codes = dict.fromkeys(code.removeprefix(here) for code in list_imports())
@@ -95,8 +96,8 @@ def spell(*words: str) -> str:
 
 
 Import = Annotated[list[str] | None, typer.Option("--import", metavar="FILE.py|MODULE", callback=_import_code, help=(
-    "Python code that defines a network of yours, my_network.py or my_package.module; nothing else is ever imported. "
-    "May be given several times."))]
+    "Python code that defines a network or degradation of yours, my_network.py or my_package.module; nothing else is "
+    "ever imported. May be given several times."))]
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:

@@ -50,7 +50,7 @@ def slots(
 def _name_network(network: str, options: list[str] | None) -> dict[str, Any]:
     """A network as a study names it, its code imported where a file was given."""
     from ens.config import parse_changes
-    from ens.networks.own import name_code
+    from ens.own_code import name_code
 
     return {"name": name_code(network), **parse_changes(options or ())}
 
@@ -59,7 +59,8 @@ def _discover(named: dict[str, Any], size: int) -> tuple[Discovery, dict[str, An
     """What a user's network is made of, and how a study names it with the proposed slots."""
     from ens.networks import create_network
     from ens.networks.discover import discover_slots
-    from ens.networks.own import build_module, is_own, split_options
+    from ens.networks.own import build_module, split_options
+    from ens.own_code import is_own
 
     given = dict(named)
     name = str(given.pop("name"))
@@ -100,8 +101,8 @@ def init(
     from ens.draft import comment_study, draft_study, relate_teacher
     from ens.export.hybrid import open_network
     from ens.networks import create_network
-    from ens.networks.own import is_own
     from ens.opened_study import OpenedStudy
+    from ens.own_code import is_own
 
     if out.exists():
         raise ConfigError(f"{out} exists; give another --out")

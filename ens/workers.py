@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from ens.evaluate.racing import Race
-from ens.networks.own import import_code, list_imports
 from ens.objectives import QUALITY, objective_values
+from ens.own_code import import_code, list_imports
 from ens.pareto.archive import Archive
 from ens.pareto.front import non_dominated
 from ens.run_folder import RunFolder

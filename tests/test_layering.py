@@ -9,12 +9,12 @@ import tomllib
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ens"
-ORDER = ("space", "objectives", "atomic", "shortage", "ops", "blocks", "networks", "data", "distill", "evaluate",
-         "search", "pareto", "export", "runtime", "yaml_values", "config", "draft", "opened_study", "run_folder",
-         "companions", "forecast", "workers", "pipeline", "console", "options", "timings", "starting", "searching",
-         "cli")
+ORDER = ("space", "objectives", "atomic", "shortage", "own_code", "ops", "blocks", "networks", "data", "distill",
+         "evaluate", "search", "pareto", "export", "runtime", "yaml_values", "config", "draft", "opened_study",
+         "run_folder", "companions", "forecast", "workers", "pipeline", "console", "options", "timings", "starting",
+         "searching", "cli")
 ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage": set(), "ops": {"ops"},
-           "data": {"data", "atomic"}, "search": {"search", "space", "objectives", "atomic"},
+           "data": {"data", "atomic", "own_code"}, "search": {"search", "space", "objectives", "atomic"},
            "pareto": {"pareto", "space", "objectives", "atomic", "shortage"}}
 PRINT = {"cli", "console"}
 TOUCH_FILES = {"atomic", "networks.checkpoints", "networks.weight_files", "data.decoding", "data.images", "data.sizes",

@@ -7,17 +7,22 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from ens import own_code
 from ens.config import load_study
+from ens.data.folders import load_pairs
+from ens.data.pairs import Patches, load_validation_set
+from ens.data.tasks import create_task
 from ens.distill.library import create_library, open_library
 from ens.export.hybrid import build_hybrid, open_network, save_hybrid
 from ens.networks import create_network, own
 from ens.networks.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from ens.networks.own import OwnCodeError, import_code
 from ens.networks.steps import create_filling
+from ens.own_code import OwnCodeError, import_code
 from ens.run_folder import RunFolder
 from ens.space import parse_choice
 
@@ -65,7 +70,7 @@ def _no_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A folder with the user's file in it to work in, and nothing imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(own, "_imported", {})
+    monkeypatch.setattr(own_code, "_imported", {})
     before = set(sys.modules)
     Path("my_network.py").write_text(CODE, encoding="utf-8")
     yield
@@ -76,7 +81,7 @@ def _no_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def forget() -> None:
     """What a new process knows."""
-    own._imported.clear()
+    own_code._imported.clear()
     sys.modules.pop("my_network", None)
 
 
@@ -105,8 +110,8 @@ def test_a_module_of_a_package_and_an_entry_point_are_imported_too(monkeypatch: 
     Path("my_package/nets.py").write_text(CODE, encoding="utf-8")
     import_code("my_package.nets")
     assert create_network("my_package.nets:Net", **OPTIONS).slots
-    offer = importlib.metadata.EntryPoint("offered", "my_package.nets:build", own.ENTRY_POINTS)
-    monkeypatch.setattr(own, "entry_points", lambda group: [offer] if group == "ens.networks" else [])
+    offer = importlib.metadata.EntryPoint("offered", "my_package.nets:build", own_code.ENTRY_POINTS)
+    monkeypatch.setattr(own_code, "entry_points", lambda group: [offer] if group == "ens.networks" else [])
     with pytest.raises(ValueError, match=r"installed packages offer offered \(with --import"):
         create_network("offered", **OPTIONS)
     import_code("offered")
@@ -198,3 +203,65 @@ def test_a_file_may_not_take_the_name_of_a_module_in_use() -> None:
     with pytest.raises(OwnCodeError, match="a module called torch is in use already"):
         import_code("torch.py")
     assert sys.modules["torch"] is torch
+
+
+DEGRADATION = """
+import numpy as np
+
+
+def fade(clean, rng, strength=0.5, upscale=2):
+    clean[:] = strength * clean  # what it is given is its own
+    return clean[::upscale, ::upscale] + rng.normal(0, 0.01, clean[::upscale, ::upscale].shape)
+
+
+def same_size(clean, rng):
+    return clean[1:]
+
+
+def fail(clean, rng):
+    return clean.missing
+
+
+def endless(clean, rng):
+    return clean / 0
+"""
+
+
+@pytest.fixture
+def fade(tmp_path: Path) -> str:
+    Path("my_weather.py").write_text(DEGRADATION, encoding="utf-8")
+    import_code("my_weather.py")
+    return "my_weather:fade"
+
+
+def test_a_degradation_of_a_user_makes_patches_and_validation_images(fade: str) -> None:
+    task = create_task(fade, {"strength": 0.25})
+    assert task.scale == 2, "the function's own default, which it shares with the task"
+    degraded, clean = Patches(load_pairs("builtin:report-photos", scale=2), task, seed=1).batch(0, 2, 16)
+    assert degraded.shape == (2, 3, 16, 16) and clean.shape == (2, 3, 32, 32)
+    assert torch.allclose(degraded, 0.25 * clean[..., ::2, ::2], atol=0.06)
+    first, again = (load_validation_set("builtin:report-photos", task, crop_px=64, limit=1) for _ in range(2))
+    assert first.fingerprint == again.fingerprint
+    other = load_validation_set("builtin:report-photos", create_task(fade, {"strength": 0.26}), crop_px=64, limit=1)
+    assert str(other.fingerprint) != str(first.fingerprint), "the archive's manifest holds it"
+    assert "my_weather:fade" in str(task) and "0.25" in str(task)
+
+
+@pytest.mark.parametrize(("name", "options", "said"), [
+    ("my_weather:fade", {"strenght": 1}, "does not take these options.*strenght.*it takes clean, rng, strength"),
+    ("my_weather:fade", {"upscale": 9}, "upscale is a whole number from 1 to 8"),
+    ("my_weather:np", {}, "defines no function 'np'"),
+    ("my_rain:fade", {}, "task 'my_rain:fade' is code outside ens: add --import my_rain"),
+])
+def test_degradations_that_cannot_be_are_refused_when_the_study_is_read(fade: str, name: str, options: dict[str, int],
+                                                                       said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        create_task(name, options)
+
+
+@pytest.mark.parametrize(("name", "said"), [("same_size", r"returned float32 \(7, 8, 3\).*must return floats of shape"),
+                                            ("fail", r"failed: AttributeError.*my_weather.py, line 15"),
+                                            ("endless", "not finite")])
+def test_what_a_degradation_does_wrong_is_said(fade: str, name: str, said: str) -> None:
+    with pytest.raises(OwnCodeError, match=said), np.errstate(all="ignore"):
+        create_task(f"my_weather:{name}").degrade(np.zeros((8, 8, 3), np.float32), np.random.default_rng(0))

@@ -23,7 +23,9 @@ from ens.data.degradations import (
 )
 from ens.data.folders import studio_luma
 from ens.data.images import FloatImage
+from ens.data.own_task import create_own_task
 from ens.data.task import Task as Task
+from ens.own_code import is_own
 
 _JPEG_GRID_PX = 16  # a 4:2:0 unit: two 8×8 blocks each way
 
@@ -243,13 +245,16 @@ def create_task(name: str, options: Mapping[str, object] | None = None) -> Task:
     """Task from its name and options: `create_task("denoise", {"sigma_255": 25})`.
 
     The name may carry its usual numbers: `sr_x4`, `csr_x4_q10`, `jpeg_q10`, `denoise_s25`, `paired_x2`. Ranges are two
-    numbers.
+    numbers. `my_degradation:degrade` is a function of a user's that was imported (`OwnTask`).
     Raises ValueError for an unknown name, an unknown option (naming the nearest) or a value out of range.
     """
+    if is_own(name):
+        return create_own_task(name, options or {})
     base, *suffixes = name.split("_")
     if base not in TASKS:
         raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)} "
-                         "(with numbers: sr_x4, csr_x4_q10, jpeg_q10, denoise_s25)")
+                         "(with numbers: sr_x4, csr_x4_q10, jpeg_q10, denoise_s25), and functions of your own, "
+                         "my_degradation:degrade with --import my_degradation.py")
     known = {field.name for field in fields(TASKS[base])}
     merged: dict[str, object] = {**_suffix_options(name, suffixes, known), **(options or {})}
     for key in merged:

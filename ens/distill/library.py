@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from ens.atomic import write_atomic
 from ens.networks import create_network
 from ens.networks.checkpoints import hash_weights, load_strictly
-from ens.networks.own import OwnCodeError
 from ens.networks.schema import Entries, Options, Sha256, read_entries
 from ens.networks.steps import Network, SlotSpec, create_filling
 from ens.networks.weight_files import CheckpointError, read_safetensors
+from ens.own_code import OwnCodeError
 from ens.space import BUILTIN, Choice, SearchSpace
 
 FORMAT = 1

@@ -12,13 +12,14 @@ from ens.networks.dat import DAT
 from ens.networks.dvmsr import DVMSR
 from ens.networks.mambacsr import MambaCSR
 from ens.networks.mambair_unet import MambaIRUNet
-from ens.networks.own import create_own, is_own, list_offers
+from ens.networks.own import create_own
 from ens.networks.plksr import PLKSR
 from ens.networks.restormer import Restormer
 from ens.networks.serpent import Serpent
 from ens.networks.steps import Network
 from ens.networks.uformer import Uformer
 from ens.networks.wrap import WrappedNetwork
+from ens.own_code import is_own, list_offers
 
 NETWORKS: dict[str, type[Network]] = {
     "restormer": Restormer,

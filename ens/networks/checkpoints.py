@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ens.atomic import write_atomic
 from ens.networks import create_network, dat, dvmsr, mambacsr, mambair_unet, plksr, restormer
-from ens.networks.own import OwnCodeError
 from ens.networks.schema import Recipe, read_entries
 from ens.networks.steps import Network
 from ens.networks.weight_files import CheckpointError, read_weight_file
+from ens.own_code import OwnCodeError
 
 CHECKPOINT_FORMAT = "ens checkpoint 1"
 _AVERAGED = ("params_ema", "ema", "model_ema", "state_dict_ema", "ema_model")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ens.networks.borders import MAP, Form, blank, find_size, read_size
+from ens.own_code import describe_failure
 from ens.shortage import is_shortage
 
 READS_IMAGE = "gets features of the image beside its map, which a stand-in would not see"
@@ -131,11 +130,3 @@ def naming_failures(what: str) -> Iterator[None]:
         if is_shortage(error):
             raise
         raise ValueError(f"{what}: {describe_failure(error)}") from error
-
-
-def describe_failure(error: BaseException) -> str:
-    """What was raised, and the last line of code outside this package and PyTorch that it came through."""
-    ours = (str(Path(__file__).resolve().parents[1]), str(Path(torch.__file__).parent), "<")
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
