@@ -164,13 +164,14 @@ def restore(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Image, or folder of images.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Image or folder to write.")],
     tile: given.Tile = None, tile_overlap: given.TileOverlap = None, threads: given.Threads = None,
-    runtime: given.Runtime = "", code: given.Import = None,
+    runtime: given.Runtime = "", network: given.OwnNetwork = "", options: given.NetworkSet = None,
+    code: given.Import = None,
 ) -> None:
     """Restore an image, or every image of a folder."""
     from ens.runtime.session import open_session, restore_files
 
     with reporting() as control:
-        session = open_session(model, threads=threads, runtime=runtime)
+        session = open_session(model, threads=threads, runtime=runtime, create=given.find_network(network, options))
         failures = restore_files(session, source, target, tile_px=tile, overlap_px=tile_overlap,
                                  on_event=control.say,
                                  on_progress=lambda done, total, name: control.progress("restore", done, total, name))
@@ -202,7 +203,8 @@ def evaluate(
     crop: Annotated[int | None, typer.Option(metavar="PX", help="Cut this square out of the centre first.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Take the first N images.")] = None,
     threads: given.Threads = None, runtime: given.Runtime = "", tile: given.Tile = None,
-    tile_overlap: given.TileOverlap = None, code: given.Import = None,
+    tile_overlap: given.TileOverlap = None, network: given.OwnNetwork = "", options: given.NetworkSet = None,
+    code: given.Import = None,
 ) -> None:
     """Score a file on a folder of images: protocol, data, PSNR and SSIM."""
     from ens import pipeline
@@ -211,7 +213,8 @@ def evaluate(
     job = create_task(task)
     with reporting() as control:
         results = pipeline.evaluate(checkpoint, data, job, control, protocol=protocol, crop_px=crop, limit=limit,
-                                    threads=threads, runtime=runtime, tile_px=tile, overlap_px=tile_overlap)
+                                    threads=threads, runtime=runtime, tile_px=tile, overlap_px=tile_overlap,
+                                    create=given.find_network(network, options, job.scale))
     print_evaluation(results, str(job))
     if broken := results[0].broken:
         complain(f"error: {checkpoint}: {broken}")

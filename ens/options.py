@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +16,7 @@ from ens.objectives import find_objective, read_quantity
 
 if TYPE_CHECKING:
     from ens.config import StudyConfig
+    from ens.networks.steps import Network
     from ens.run_folder import RunFolder
 
 Study = Annotated[str, typer.Argument(metavar="SPACE.yaml", help="The study: a file, or the name of a shipped one.")]
@@ -72,6 +73,10 @@ Jobs = Annotated[int, typer.Option(min=1, metavar="N", help=(
     "measured depends on who is faster."))]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help=(
     "Work in batches (search.batch_size) that all wait for: one seed measures the same with any number of workers."))]
+OwnNetwork = Annotated[str, typer.Option("--network", metavar="NETWORK", help=(
+    "What weights of your own belong to: my_network:build with --import, or my_network.py:build."))]
+NetworkSet = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
+    "Option of that network, for instance dim=48."))]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=(
     "Change one key of the study, for instance search.budget=40. May be given several times."))]
 
@@ -151,6 +156,20 @@ def bound_changes(bounds: list[str] | None) -> list[str]:
         find_objective(name)
         changes.append(f"search.max.{name}={read_quantity(text)!r}")
     return changes
+
+
+def find_network(network: str, options: Sequence[str] | None, upscale: int = 1) -> Callable[[], Network] | None:
+    """What makes the user's network behind --network and its --set, of this scale unless they say; None without one."""
+    if not network:
+        if options:
+            raise ValueError("--set is for the options of --network, which is not given")
+        return None
+    from ens.config import parse_changes
+    from ens.networks.own import create_whole
+    from ens.own_code import name_code
+
+    name, values = name_code(network), parse_changes(options or ())
+    return lambda: create_whole(name, {"upscale": upscale, **values})
 
 
 def load_named(name: str, changes: Sequence[str] | None = None, teacher: Path | None = None) -> StudyConfig:

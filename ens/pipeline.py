@@ -7,7 +7,7 @@ A verb gets a `RunFolder` and asks it for what it needs; it skips what is there 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from ens.space import Genotype, Measurement, format_genotype
 if TYPE_CHECKING:
     from ens.evaluate.receptive_field import EnergyMap
     from ens.export.torch_export import Size
+    from ens.networks.steps import Network
 
 
 def train(run: RunFolder, control: Control = QUIET) -> None:
@@ -190,11 +191,14 @@ def run_all(run: RunFolder, control: Control = QUIET, *, pick: str = "knee", job
 
 def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET, *, protocol: str = "",
              crop_px: int | None = None, limit: int | None = None, threads: int | None = None, runtime: str = "",
-             tile_px: int | None = None, overlap_px: int | None = None) -> list[Evaluation]:
-    """Score any file that holds a network, or `builtin:NAME`, by the named protocol or by all of the task's."""
+             tile_px: int | None = None, overlap_px: int | None = None,
+             create: Callable[[], Network] | None = None) -> list[Evaluation]:
+    """Score any file that holds a network, or `builtin:NAME`, by the named protocol or by all of the task's; weights of
+    a user's network as what `create` makes.
+    """
     from ens.runtime.session import open_session
     rules = [find_protocol(protocol, scale=task.scale)] if protocol else task_protocols(task)
-    session = open_session(model, threads=threads, runtime=runtime).tiled(tile_px, overlap_px)
+    session = open_session(model, threads=threads, runtime=runtime, create=create).tiled(tile_px, overlap_px)
     if session.upscale != task.scale:
         raise ValueError(f"{model} enlarges {session.upscale} times, the task {task.scale} times")
     images = load_validation_set(data, task, channels=session.channels, crop_px=crop_px, limit=limit)

@@ -22,8 +22,10 @@ from ens.export.hybrid import build_hybrid, open_network, save_hybrid
 from ens.networks import create_network, own
 from ens.networks.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from ens.networks.steps import create_filling
+from ens.options import find_network
 from ens.own_code import OwnCodeError, import_code
 from ens.run_folder import RunFolder
+from ens.runtime.session import open_session
 from ens.space import parse_choice
 
 CODE = """
@@ -203,6 +205,22 @@ def test_a_file_may_not_take_the_name_of_a_module_in_use() -> None:
     with pytest.raises(OwnCodeError, match="a module called torch is in use already"):
         import_code("torch.py")
     assert sys.modules["torch"] is torch
+
+
+def test_raw_weights_are_scored_and_restored_with_from_the_command_line() -> None:
+    import_code("my_network.py")
+    module = own.build_module("my_network:build", {"dim": 4})
+    torch.save(module.state_dict(), "raw.pth")
+    forget()
+    create = find_network("my_network.py:build", ["dim=4"])
+    session = open_session("raw.pth", create=create)
+    image = torch.rand(1, 3, 9, 7)
+    with torch.no_grad():
+        assert torch.equal(session.restore(image), module.eval()(image))
+    larger = find_network("my_network.py:build", ["dim=4"], 2)
+    assert larger is not None and larger().upscale == 2, "the task's, unless --set says another"
+    with pytest.raises(ValueError, match="--set is for the options of --network"):
+        find_network("", ["dim=4"])
 
 
 DEGRADATION = """

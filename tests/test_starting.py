@@ -117,6 +117,9 @@ def test_a_network_nobody_knows_goes_the_whole_road(tmp_path: Path, code: str) -
     assert command == ["ens", "run", "study.yaml", "--out", "run", *imported]
     assert yaml.safe_load((tmp_path / "study.yaml").read_text(encoding="utf-8"))["network"] == proposed["network"]
 
+    scored = ens("evaluate", "--checkpoint", "raw.pth", "--network", "my_network.py:build", "--set", "dim=8", "--set",
+                 "size_multiple=2", "--data", "photos", "--task", "denoise_s25", folder=tmp_path)
+    assert scored.returncode == 0 and "protocol denoise-color-awgn" in scored.stdout, scored.stderr
     done = ens(*command[1:], *(word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")),
                folder=tmp_path)
     assert done.returncode == 0, done.stderr

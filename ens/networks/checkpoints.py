@@ -231,7 +231,8 @@ def _describe_stranger(state: Mapping[str, Tensor]) -> str:
     return (f"holds another network{f' (probably {guess})' if guess else ''}; known: {', '.join(SNIFFERS)}. As "
             f"{nearest} it has missing keys: {_first_ten(missing)}; unexpected keys: {_first_ten(state)}. The "
             "weights of a network of your own open as the `teacher` of a study that names its class, `network: {name: "
-            "my_network:build}`, with --import my_network.py")
+            "my_network:build}`, with --import my_network.py; `ens evaluate` takes them with --network "
+            "my_network.py:build")
 
 
 def load_strictly(path: str | Path, network: nn.Module, state: Mapping[str, Tensor],

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ens.networks.steps import Network
-from ens.networks.wrap import frame_network
+from ens.networks.wrap import FramedNetwork, frame_network
 from ens.own_code import OwnCodeError, describe_failure, find_function
 from ens.shortage import is_shortage
 
@@ -65,6 +65,17 @@ def create_own(name: str, options: Mapping[str, Any]) -> Network:
             raise OwnCodeError(f"network {name}: {error}") from error
     network.recipe = (name, plain)
     return network
+
+
+def create_whole(name: str, options: Mapping[str, Any]) -> Network:
+    """A user's network without slots, to run it: what `create_own` makes otherwise."""
+    given, frame = split_options(name, options)
+    module = build_module(name, given)
+    if isinstance(module, Network):
+        return module
+    return FramedNetwork(module, in_channels=frame.get("in_channels", 3), upscale=frame.get("upscale", 1),
+                         size_multiple=frame.get("size_multiple", 1), output=frame.get("output"),
+                         extras=frame.get("extras", {}))
 
 
 def _thaw(value: object) -> object:

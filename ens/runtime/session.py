@@ -28,7 +28,7 @@ from ens.data.images import (
 from ens.export.failures import first_line, translating
 from ens.export.formats import FORMATS, ExportError, open_file
 from ens.export.hybrid import open_network, read_facts
-from ens.networks.steps import pad_to_size
+from ens.networks.steps import Network, pad_to_size
 from ens.networks.weight_files import reject_impostors
 from ens.runtime.tiling import Restore, Tiles, fit_tiles, restore_padded, restore_tiled, restore_within_memory
 from ens.shortage import is_memory_error
@@ -89,9 +89,10 @@ class Session:
         return tiles
 
 
-def open_session(path: str | Path, *, threads: int | None = None, runtime: str = "") -> Session:
+def open_session(path: str | Path, *, threads: int | None = None, runtime: str = "",
+                 create: Callable[[], Network] | None = None) -> Session:
     """Open an exported file in its runtime (or in `runtime`, one of RUNTIMES), or a hybrid, checkpoint or
-    `builtin:NAME` in PyTorch (CPU).
+    `builtin:NAME` in PyTorch (CPU); weights that do not describe their network as the one that `create` makes.
 
     `threads` limits the runtime's threads (PyTorch's, for the whole process). Raises SessionError for a file of
     another kind and CheckpointError for one that is absent, damaged or something else under a false name.
@@ -99,19 +100,19 @@ def open_session(path: str | Path, *, threads: int | None = None, runtime: str =
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if str(path).startswith(BUILTIN):
-        session = _open_weights(path, threads, runtime)
+        session = _open_weights(path, threads, runtime, create)
     else:
         path = Path(path)
         opener = _OPENERS.get(path.suffix.lower())
         if opener is None:
             raise SessionError(f"{path}: cannot be opened; the suffix is one of {', '.join(_OPENERS)}")
-        session = opener(path, threads, runtime)
+        session = opener(path, threads, runtime, create)
     # OpenMP ends the process where memory is too short for a thread: PyTorch's are started while there is some.
     torch.zeros(2**20).add_(1)
     return session
 
 
-def _open_exported(path: Path, threads: int | None, runtime: str) -> Session:
+def _open_exported(path: Path, threads: int | None, runtime: str, create: object) -> Session:
     reject_impostors(path)
     try:
         with translating():
@@ -146,10 +147,10 @@ def _fill_up(run: Restore, size: tuple[int, int], upscale: int) -> Restore:
     return restore
 
 
-def _open_weights(path: Path | str, threads: int | None, runtime: str) -> Session:
+def _open_weights(path: Path | str, threads: int | None, runtime: str, create: Callable[[], Network] | None) -> Session:
     if runtime not in ("", "torch"):
         raise SessionError(f"{path}: holds weights, which PyTorch runs; `ens export` makes files for {runtime}")
-    network = open_network(path)
+    network = open_network(path, create)
     if threads is not None:
         torch.set_num_threads(threads)
 
@@ -161,7 +162,7 @@ def _open_weights(path: Path | str, threads: int | None, runtime: str) -> Sessio
                    {} if str(path).startswith(BUILTIN) else read_facts(path))
 
 
-_OPENERS: dict[str, Callable[[Path, int | None, str], Session]] = {
+_OPENERS: dict[str, Callable[[Path, int | None, str, Callable[[], Network] | None], Session]] = {
     **dict.fromkeys(FORMATS, _open_exported),
     **dict.fromkeys((".safetensors", ".pth", ".pt", ".ckpt"), _open_weights)}
 
