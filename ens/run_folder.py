@@ -219,8 +219,8 @@ class RunFolder(OpenedStudy):
 
     def pick(self, pick: str) -> Genotype:
         """What `knee`, `near 1`, `fastest-within=0.1` or a genotype as text means (`PICKS`); raises ValueError."""
-        return self.space.check_open(pick_genotype(pick, front=self.front(pick_objectives(pick)),
-                                                   space=self.archive.space))
+        front = self.front(pick_objectives(pick, self.archive.objectives))
+        return self.space.check_open(pick_genotype(pick, front=front, space=self.archive.space))
 
     @property
     def is_drawn(self) -> bool:

@@ -171,8 +171,14 @@ def measured() -> list[Measurement]:
     ("best-under=latency_ms:100", (0, 0)), ("best-under=latency_ms:7", (1, 1)), ("within 0.1", (1, 0)),
     ("0-1", (0, 1))])
 def test_picks_by_milliseconds(pick: str, genotype: tuple[int, ...]) -> None:
-    front = select_front(measured(), pick_objectives(pick) or ("psnr_drop_db", "latency_ms"))
+    front = select_front(measured(), pick_objectives(pick, ()) or ("psnr_drop_db", "latency_ms"))
     assert pick_genotype(pick, front=front, space=SPACE) == genotype
+
+
+def test_the_fastest_is_that_of_the_device_that_was_searched_for() -> None:
+    assert pick_objectives("fastest-within=0.1", ("psnr_drop_db", "latency_ms@phone"))[1] == "latency_ms@phone"
+    assert pick_objectives("fastest-within=0.1", ("psnr_drop_db", "penalty"))[1] == "latency_ms"
+    assert pick_objectives("best-under=latency_ms:5", ("psnr_drop_db", "latency_ms@phone"))[1] == "latency_ms"
 
 
 @pytest.mark.parametrize(("pick", "words"), [

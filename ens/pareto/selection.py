@@ -204,10 +204,15 @@ def _read_pick(pick: str) -> tuple[str, str, float] | None:
                          ) from None
 
 
-def pick_objectives(pick: str) -> tuple[str, ...]:
-    """The objectives of the front that a pick looks at; none where it is the search's own."""
+def pick_objectives(pick: str, searched: Sequence[str]) -> tuple[str, ...]:
+    """The objectives of the front that a pick looks at; none where it is the search's own. `fastest-within` looks at
+    the milliseconds that were `searched`, of whichever device, else at this machine's.
+    """
     found = _read_pick(pick)
-    return ("psnr_drop_db", found[1]) if found and found[1] else ()
+    if not found or not found[1]:
+        return ()
+    timed = [name for name in searched if name.partition("@")[0] == LATENCY]
+    return ("psnr_drop_db", timed[0] if found[0] == "fastest-within" and timed else found[1])
 
 
 def pick_genotype(pick: str, *, front: Front, space: SearchSpace) -> Genotype:
