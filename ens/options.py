@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,11 +92,9 @@ def _import_code(given: list[str] | None) -> list[str] | None:
 
 def spell(*words: str) -> str:
     """A command to type next, with what this one has imported."""
-    from ens.own_code import list_imports
+    from ens.own_code import spell_imports
 
-    here = f"{Path.cwd()}{os.sep}"
-    codes = dict.fromkeys(code.removeprefix(here) for code in list_imports())
-    return shlex.join(["ens", *words, *(word for code in codes for word in ("--import", code))])
+    return shlex.join(["ens", *words, *spell_imports()])
 
 
 Import = Annotated[list[str] | None, typer.Option("--import", metavar="FILE.py|MODULE", callback=_import_code, help=(

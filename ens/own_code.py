@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -55,6 +56,13 @@ def import_code(given: str) -> None:
 def list_imports() -> list[str]:
     """What `import_code` was given so far: another process that is to have it all is given the same."""
     return list(_given)
+
+
+def spell_imports() -> list[str]:
+    """The same as words of a command to type in this folder."""
+    here = f"{Path.cwd()}{os.sep}"
+    codes = dict.fromkeys(code.removeprefix(here) for code in _given)
+    return [word for code in codes for word in ("--import", code)]
 
 
 def name_code(given: str) -> str:

@@ -21,7 +21,8 @@ from ens.evaluate.evaluator import Evaluation, evaluate_protocols
 from ens.evaluate.protocols import find_protocol, task_protocols
 from ens.export.hybrid import open_network, save_hybrid
 from ens.networks.checkpoints import remove_state, save_checkpoint
-from ens.pareto.selection import Front, check_any_valid
+from ens.own_code import spell_imports
+from ens.pareto.selection import Front, check_any_valid, telling_images
 from ens.run_folder import RunFolder, describe_harm
 from ens.runtime.process import QUIET, Control
 from ens.space import Genotype, Measurement, format_genotype
@@ -104,8 +105,8 @@ def pareto(run: RunFolder, control: Control = QUIET, *, objectives: tuple[str, .
     from ens.pareto.report import write_front
 
     front = run.front(objectives)
-    crops = draw_crops(run.shown_networks(front), run.validation, run.protocol)
-    write_front(run.path, front=front, archive=run.archive, crops=crops)
+    crops = draw_crops(run.shown_networks(front), run.validation, run.protocol, numbers=telling_images(front))
+    write_front(run.path, front=front, archive=run.archive, crops=crops, storage=run.storage, options=spell_imports())
     control.say(f"pareto: wrote front.csv, front.md, front.png and report.html to {run.path}")
     return front
 

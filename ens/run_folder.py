@@ -22,12 +22,11 @@ from ens.atomic import sweep, write_atomic
 from ens.config import ConfigError, StudyConfig, check_same_run, dump_study, load_study
 from ens.distill.blockwise import create_surrogate
 from ens.evaluate.evaluator import Evaluator, list_input_psnr_db, list_psnr_db
-from ens.evaluate.meters import PEAK
 from ens.export.hybrid import HybridFiles, load_hybrid, read_facts
 from ens.networks.checkpoints import remove_state
 from ens.networks.steps import Network
 from ens.networks.weight_files import CheckpointError
-from ens.objectives import LATENCY, QUALITY, find_objective, label_value, mean_psnr_db
+from ens.objectives import QUALITY, find_objective, mean_psnr_db
 from ens.opened_study import OpenedStudy
 from ens.pareto.archive import Archive, mark_invalid, open_archive, read_archive, record_tuned
 from ens.pareto.baseline import Baseline
@@ -39,6 +38,7 @@ from ens.pareto.selection import (
     pick_genotype,
     pick_objectives,
     select_front,
+    spread_members,
 )
 from ens.pareto.storage import Storage, acquire_lock
 from ens.runtime.process import QUIET
@@ -208,14 +208,17 @@ class RunFolder(OpenedStudy):
         allowed = self.restricted.allows
         if not (kept := [one for one in measured if allowed(one.genotype)]):
             raise ValueError("no genotype that was measured keeps to what `search.fix` and `search.forbid` leave")
-        front = select_front(keep_within(kept, bounds), names, baseline=baseline)
-        return replace(front, remarks=tuple(f"{label_value(name)}: {meters[name]}." for name in names
-                                            if name == PEAK or name.partition("@")[0] == LATENCY))
+        return select_front(keep_within(kept, bounds), names, baseline=baseline, meters=meters)
 
     def shown_networks(self, front: Front) -> dict[str, Network]:
-        """The teacher, the knee and its two nearest, by their roles."""
-        members = {front.role(index): front.members[index].genotype for index in (front.knee, *front.nearest[:2])}
-        return {"teacher": self.teacher, **{role: self.build(genotype) for role, genotype in members.items()}}
+        """The teacher and three members far apart on the front, also fine-tuned where they were, by what they are."""
+        shown = {"teacher": self.teacher}
+        for index in spread_members(front):
+            genotype, name = front.members[index].genotype, front.describe(index)
+            shown[name] = self.build(genotype)
+            if tuned := self.best_tuned(genotype):
+                shown[f"fine-tuned: {name}"] = load_hybrid(tuned)
+        return shown
 
     def pick(self, pick: str) -> Genotype:
         """What `knee`, `near 1`, `fastest-within=0.1` or a genotype as text means (`PICKS`); raises ValueError."""

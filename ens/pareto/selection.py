@@ -11,6 +11,7 @@ import numpy as np
 
 from ens.objectives import (
     LATENCY,
+    QUALITY,
     Objective,
     find_objective,
     find_objectives,
@@ -28,10 +29,9 @@ from ens.space import Genotype, Measurement, SearchSpace, format_genotype, parse
 
 @dataclass(frozen=True)
 class Front:
-    """The non-dominated measurements, first objective rising; `knee` and `nearest` are indices into `members`.
-
-    `teacher` holds the teacher's own values by objective name, as far as they are known, `remarks` sentences on what
-    the values were taken on.
+    """The non-dominated ones of the valid measurements `measured`, first objective rising; `knee` and `nearest` are
+    indices into `members`. `teacher` holds the teacher's own values by objective name, as far as they are known,
+    `meters` what an objective's values were counted or timed on.
     """
 
     objectives: tuple[str, ...]
@@ -40,7 +40,8 @@ class Front:
     nearest: tuple[int, ...]
     baseline: Baseline | None
     teacher: Mapping[str, float]
-    remarks: tuple[str, ...] = ()
+    measured: tuple[Measurement, ...]
+    meters: Mapping[str, str]
 
     @property
     def values(self) -> np.ndarray:
@@ -50,7 +51,20 @@ class Front:
     @property
     def caption(self) -> str:
         """What is drawn against what, in people's words."""
-        return " against ".join(find_objective(name).label for name in self.objectives)
+        return " against ".join(map(self.label, self.objectives))
+
+    def label(self, name: str) -> str:
+        """What people read over the values of an objective, with the size of the image that they refer to."""
+        label, size = find_objective(name).label, re.search(r"(\d+)[x×](\d+)", self.meters.get(name, ""))
+        return f"{label} at {size[1]}×{size[2]}" if size and "×" not in label else label
+
+    def describe(self, index: int) -> str:
+        """A member in a few words: role, genotype, and its first cost."""
+        member = self.members[index]
+        costs = [name for name in self.objectives if name != QUALITY][:1]
+        words = [self.role(index), format_genotype(member.genotype),
+                 *(f"{find_objective(name).label}: {format_value(name, member.values[name])}" for name in costs)]
+        return ", ".join(filter(None, words))
 
     @property
     def reference(self) -> tuple[float, ...] | None:
@@ -115,8 +129,8 @@ def check_any_valid(measurements: Sequence[Measurement]) -> None:
         raise ValueError(f"none of the {len(measurements)} measurements is valid, so there is no front{reason}")
 
 
-def select_front(measurements: Sequence[Measurement], objectives: Sequence[str], *,
-                 baseline: Baseline | None = None) -> Front:
+def select_front(measurements: Sequence[Measurement], objectives: Sequence[str], *, baseline: Baseline | None = None,
+                 meters: Mapping[str, str] | None = None) -> Front:
     """Front of the valid measurements in any two or three objectives that they hold, with its knee.
 
     The knee is the member nearest to the ideal corner (`front.knee`), every objective scaled to 0..1 over that part of
@@ -138,22 +152,28 @@ def select_front(measurements: Sequence[Measurement], objectives: Sequence[str],
     members = [measurement for measurement, keep in zip(valid, mask, strict=True) if keep]
     members.sort(key=lambda member: (*(member.values[name] for name in objectives), member.genotype))
     middle, near = _find_knee(members, objectives, teacher=teacher, baseline=baseline)
-    return Front(tuple(objectives), tuple(members), middle, near, baseline, teacher)
+    return Front(tuple(objectives), tuple(members), middle, near, baseline, teacher, tuple(valid), meters or {})
 
 
 def _find_knee(members: Sequence[Measurement], objectives: Sequence[str], *, teacher: Mapping[str, float],
                baseline: Baseline | None) -> tuple[int, tuple[int, ...]]:
     """Indices of the knee and of the five nearest to it, as select_front says."""
     values = objective_values(members, objectives)
-    pool = np.arange(len(members))
-    above: np.ndarray = np.array([not is_below_input(member, baseline) for member in members])
-    within: np.ndarray = np.all(values <= np.asarray(_limits(objectives, teacher)), axis=1)
-    for mask in (above, within):
-        pool = pool[mask[pool]] if mask[pool].any() else pool
+    pool = _list_usable(members, values <= np.asarray(_limits(objectives, teacher)), baseline)
     others = np.array([any(members[int(index)].genotype) for index in pool])
     middle = knee(values[pool], others if others.any() else None)
     near = [index for index in nearest(values[pool], middle, k=len(pool)) if others[index]][:5]
     return int(pool[middle]), tuple(int(pool[index]) for index in near)
+
+
+def _list_usable(members: Sequence[Measurement], within: np.ndarray, baseline: Baseline | None) -> np.ndarray:
+    """Indices of the members above the degraded input and within the reference point, as far as there are any."""
+    pool = np.arange(len(members))
+    above: np.ndarray = np.array([not is_below_input(member, baseline) for member in members])
+    inside: np.ndarray = np.all(within, axis=1)
+    for mask in (above, inside):
+        pool = pool[mask[pool]] if mask[pool].any() else pool
+    return pool
 
 
 def _limits(objectives: Sequence[str], teacher: Mapping[str, float]) -> list[float]:
@@ -274,6 +294,29 @@ def diverse_members(front: Front, *, count: int) -> list[tuple[Genotype, int]]:
         best = max(range(len(others)), key=distances.__getitem__)
         found.append((others.pop(best), distances[best]))
     return found
+
+
+def spread_members(front: Front, *, count: int = 3) -> list[int]:
+    """Indices of up to `count` members far apart on the front, in its order: the knee, then always the one farthest
+    from those before, objectives scaled as for the knee. Neither the teacher nor what is below the degraded input.
+    """
+    limits = np.asarray(_limits(front.objectives, front.teacher))
+    pool = _list_usable(front.members, front.values <= limits, front.baseline)
+    values = front.values[pool]
+    scaled = (values - values.min(axis=0)) / np.maximum(np.ptp(values, axis=0), 1e-12)
+    rest = {int(index): row for index, row in zip(pool, scaled, strict=True)
+            if any(front.members[int(index)].genotype) or index == front.knee}
+    found = {front.knee: rest.pop(front.knee)}
+    while rest and len(found) < count:
+        farthest = max(rest, key=lambda index: min(float(np.linalg.norm(rest[index] - row)) for row in found.values()))
+        found[farthest] = rest.pop(farthest)
+    return sorted(found)
+
+
+def telling_images(front: Front, *, count: int = 3) -> list[int]:
+    """Numbers of the validation images on which members far apart on the front differ most in PSNR, most first."""
+    psnr_db: np.ndarray = np.array([front.members[index].psnr_db for index in spread_members(front)])
+    return [int(number) for number in np.argsort(-np.ptp(np.nan_to_num(psnr_db), axis=0), kind="stable")[:count]]
 
 
 def cheapest_member(front: Front, limit: float) -> Measurement:

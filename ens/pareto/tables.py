@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ens.objectives import find_objective, format_value, label_value, mean_psnr_db, psnr_drop_db
+from ens.objectives import format_value, label_value, mean_psnr_db, psnr_drop_db
 from ens.pareto.baseline import REPORT_KEYS, Tuned
 from ens.pareto.selection import Front, known_objectives
 from ens.space import Genotype, Measurement, SearchSpace, format_genotype
@@ -59,7 +59,7 @@ def front_rows(front: Front, *, short: bool = False) -> tuple[list[str], list[li
         del columns["PSNR (dB) fine-tuned"]
     if short and "psnr_drop_db" in names:
         columns = {}
-    headers = ["", "genotype", *(find_objective(name).label for name in names), *columns]
+    headers = ["", "genotype", *map(front.label, names), *columns]
     rows = []
     for index, member in enumerate(front.members):
         worse = f" {WORSE}" if front.below_input(index) else ""
@@ -71,7 +71,7 @@ def front_rows(front: Front, *, short: bool = False) -> tuple[list[str], list[li
 
 def front_notes(front: Front) -> list[str]:
     """One sentence for every mark that occurs in the rows of a front, and the PSNRs to compare them with."""
-    every, notes = range(len(front.members)), list(front.remarks)
+    every, notes = range(len(front.members)), _list_meters(front)
     if front.baseline is not None:
         given = front.baseline.input_mean_db
         notes.append(f"Teacher {front.baseline.teacher_mean_db:.2f} dB"
@@ -87,6 +87,12 @@ def front_notes(front: Front) -> list[str]:
     return notes
 
 
+def _list_meters(front: Front) -> list[str]:
+    """A sentence on what an objective was taken on, where its name does not say all."""
+    return [f"{label_value(name)}: {front.meters[name]}." for name in front.objectives
+            if front.label(name) != label_value(name)]
+
+
 def tuned_rows(tuned: Mapping[Genotype, Tuned]) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of mean PSNR in dB on the report images, which chose nothing: degraded input, before and after
     fine-tuning, teacher. Without rows where no genotype has them.
@@ -95,17 +101,6 @@ def tuned_rows(tuned: Mapping[Genotype, Tuned]) -> tuple[list[str], list[list[st
             [[format_genotype(genotype),
               *(f"{result.report[key]:.2f}" if key in result.report else "" for key in REPORT_KEYS)]
              for genotype, result in tuned.items() if result.report])
-
-
-def member_facts(front: Front, index: int) -> list[tuple[str, str]]:
-    """Label and text of everything that is known of a member."""
-    member = front.members[index]
-    texts = [(label_value(name), _value_text(front, index, name))
-             for name in member.values if name != "psnr_drop_se_db"]
-    drop = tuned_drop_db(member, front)
-    return [*texts, *([("PSNR (dB) before fine-tuning", _mean_text(member.psnr_db))] if member.psnr_db else []),
-            *([("PSNR (dB) fine-tuned", _mean_text(member.psnr_db_tuned))] if member.psnr_db_tuned else []),
-            *([("PSNR drop (dB) fine-tuned", format_value("psnr_drop_db", drop))] if drop is not None else [])]
 
 
 def drop_text(measurement: Measurement) -> str:
