@@ -18,8 +18,15 @@ from ens.pareto.archive import Archive, open_archive, read_archive, record_tuned
 from ens.pareto.baseline import Baseline
 from ens.pareto.charts import draw_png
 from ens.pareto.palette import TEACHER, choice_colours, text_colour
-from ens.pareto.report import drawn_fingerprint, slot_levels, write_front
-from ens.pareto.selection import Front, cheapest_member, pick_genotype, select_front
+from ens.pareto.report import draw_report, drawn_fingerprint, slot_levels, write_front
+from ens.pareto.selection import (
+    Front,
+    cheapest_member,
+    pick_genotype,
+    select_front,
+    spread_members,
+    telling_images,
+)
 from ens.pareto.tables import front_rows, front_table
 from ens.space import Choice, Measurement, SearchSpace, Slot, format_genotype
 
@@ -149,7 +156,7 @@ def test_the_png_is_a_picture_of_its_size(objectives: tuple[str, ...], tmp_path:
     written(tmp_path, measurements(), objectives, tuned=True)
     data = (tmp_path / "front.png").read_bytes()
     assert data.startswith(PNG) and int.from_bytes(data[16:20]) == 1200 and int.from_bytes(data[20:24]) == 750
-    assert data != draw_png(title="t", measurements=measurements()[:5], front=front_of((0, 1), (1, 0)))
+    assert data != draw_png(title="t", front=front_of((0, 1), (1, 0)))
 
 
 class Page(HTMLParser):
@@ -199,37 +206,70 @@ def test_the_page_loads_nothing_from_anywhere(page: tuple[Front, Page, str]) -> 
 def test_the_page_carries_every_member_and_marks_the_knee(page: tuple[Front, Page, str]) -> None:
     front, parsed, _ = page
     state = json.loads(parsed.scripts["state"])
-    view = state["views"][0]
-    assert [member["genotype"] for member in view["members"]] == [format_genotype(m.genotype) for m in front.members]
-    assert view["knee"] == front.knee and state["levels"] == [0, 1, 2, 3, 2, 1, 0, 0]
-    labels = [label for label, _ in view["members"][front.knee]["values"]]
-    assert {"PSNR drop (dB)", "multiply-adds at 256×256", "parameters", "PSNR (dB) fine-tuned"} <= set(labels)
-    for member in front.members:
-        assert format_genotype(member.genotype) in parsed.texts
+    view, items = state["views"][0], state["items"]
+    assert [items[number]["genotype"] for number in view["members"]] == [format_genotype(m.genotype)
+                                                                         for m in front.members]
+    assert view["knee"] == front.knee and view["roles"][front.knee] == "knee"
+    assert state["levels"] == [0, 1, 2, 3, 2, 1, 0, 0] and state["slots"][0]["name"] == "encoder level 1"
+    knee = items[view["members"][front.knee]]
+    assert knee["tuned"] == "30.40" and knee["tuned_drop"] == pytest.approx(0.1)
+    assert knee["psnr"] == f"{np.mean(front.members[front.knee].psnr_db):.2f}"
 
 
 def test_every_two_measured_objectives_have_a_view_with_their_own_front(page: tuple[Front, Page, str]) -> None:
     front, parsed, _ = page
-    views = json.loads(parsed.scripts["state"])["views"]
+    state = json.loads(parsed.scripts["state"])
     pairs = [pair for pair in itertools.combinations(THREE, 2) if set(pair) != set(front.objectives)]
-    assert [view["label"] for view in views[1:]] == [
+    assert [view["label"] for view in state["views"][1:]] == [
         " against ".join(OBJECTIVES[name].label for name in pair) for pair in pairs]
-    for view, pair in zip(views[1:], pairs, strict=True):
+    for view, pair in zip(state["views"][1:], pairs, strict=True):
         expected = select_front(measurements(), pair, baseline=BASELINE)
-        assert [member["genotype"] for member in view["members"]] == [
+        assert [state["items"][number]["genotype"] for number in view["members"]] == [
             format_genotype(member.genotype) for member in expected.members]
 
 
-def test_hovering_shows_the_genotype_of_every_valid_measurement(page: tuple[Front, Page, str]) -> None:
-    front, parsed, _ = page
-    traces = json.loads(parsed.scripts["state"])["views"][0]["figure"]["data"]
-    hover = [text for trace in traces for text in trace.get("hovertext", [])]
-    shown = {re.match(r"<b>([\d-]+)</b>", text)[1] for text in hover}  # type: ignore[index]
-    assert shown == {format_genotype(item.genotype) for item in measurements() if item.valid}
-    assert len(traces[1]["hovertext"]) == len(front.members), "the script takes trace 1 for the front"
-    names = [trace["name"] for trace in traces]
-    assert {"teacher", "fine-tuned", "front, before fine-tuning"} <= set(names)
-    assert traces[1]["error_y"]["array"], "the front has error bars"
+def test_the_page_draws_every_valid_measurement_the_teacher_and_the_input(page: tuple[Front, Page, str]) -> None:
+    _, parsed, _ = page
+    state = json.loads(parsed.scripts["state"])
+    assert {item["genotype"] for item in state["items"]} == {
+        format_genotype(item.genotype) for item in measurements() if item.valid}
+    assert state["input"] == 10.0 and state["objectives"][0]["label"] == "PSNR drop (dB)"
+    assert state["teacher"] == [0.0, 2e9, 9.9e5] and any(state["views"][0]["errors"])
+    assert state["command"].startswith("ens export ") and state["growth"][-1][1] == 100.0
+
+
+def test_the_size_that_milliseconds_refer_to_is_in_their_label() -> None:
+    meters = {"latency_ms": "ort 1.31.1, float32, 1 thread, 192x256, a CPU", "macs": "at 256×256"}
+    items = [Measurement((one, *(0,) * 7), {"psnr_drop_db": one, "latency_ms": 3.0 - one}) for one in (0, 1)]
+    front = select_front(items, ("psnr_drop_db", "latency_ms"), meters=meters)
+    assert front.caption == "PSNR drop (dB) against latency (ms) at 192×256"
+    assert front.label("macs") == "multiply-adds at 256×256"
+
+
+def test_members_that_are_shown_lie_far_apart_and_images_are_those_on_which_they_differ() -> None:
+    def measured(number: int, drop: float, cost: float) -> Measurement:
+        psnr_db = (30.0 - drop, 30.0 - 3 * drop, 30.0, 30.0 - 2 * drop)
+        return Measurement((number, *(0,) * 7), {"psnr_drop_db": drop, "macs": cost}, psnr_db)
+
+    front = select_front([measured(0, 0, 10), measured(1, 0.1, 6), measured(2, 1, 5.9), measured(3, 4, 1)], TWO)
+    assert [front.members[index].genotype[0] for index in spread_members(front)] == [1, 2, 3], "never the teacher"
+    assert [front.members[index].genotype[0] for index in spread_members(front, count=2)] == [1, 3]
+    assert telling_images(front) == [1, 3, 0] and telling_images(front, count=1) == [1]
+
+
+def test_a_large_archive_gives_a_page_under_two_megabytes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    space = SearchSpace("large", tuple(Slot(f"group{number}.{block}", CHOICES) for number in range(4)
+                                       for block in range(11)))
+    names = ("psnr_drop_db", "macs", "params", "latency_ms")
+    items = [Measurement(space.sample(rng), dict(zip(names, rng.uniform(0.1, 5, 4), strict=True)), (30.0, 31.0))
+             for _ in range(4000)]
+    archive = archive_of(tmp_path, items[:1], space=space)
+    picture = rng.integers(0, 256, 96 * 96 * 3, np.uint8).tobytes()  # does not compress, like noise
+    crops = {f"{number}.png": [(f"hybrid {column}", picture) for column in range(7)] for number in range(3)}
+    front = select_front(items, names[:3])
+    page = draw_report("large", front=front, archive=archive, crops=crops, command="ens export")
+    assert len(page.encode()) < 2e6
 
 
 def test_what_users_named_is_escaped(page: tuple[Front, Page, str]) -> None:
@@ -238,11 +278,12 @@ def test_what_users_named_is_escaped(page: tuple[Front, Page, str]) -> None:
         assert raw not in text and any(raw in piece for piece in parsed.texts), raw
 
 
-def test_slots_without_levels_form_a_symmetrical_u_and_blocks_share_their_stage() -> None:
+def test_only_encoders_and_decoders_form_a_u_and_blocks_share_their_stage() -> None:
     def levels(*names: str) -> list[int]:
         return slot_levels(SearchSpace("s", tuple(Slot(name, CHOICES) for name in names)))
 
-    assert levels("a", "b", "c", "d", "e") == [0, 1, 2, 1, 0]
+    assert levels("encoder1", "encoder2", "bottleneck", "decoder2", "decoder1") == [0, 1, 2, 1, 0]
+    assert levels("group1", "group2", "group3") == [0, 0, 0]
     assert levels("encoder_level1.0", "encoder_level1.1", "latent.0", "latent.1", "decoder_level1.0",
                   "refinement.0") == [0, 0, 1, 1, 0, 0]
 
@@ -252,10 +293,12 @@ def test_cells_leave_options_out_unless_they_tell_choices_apart(tmp_path: Path) 
         space = SearchSpace("s", (Slot("a", (Choice("restormer", 2, teacher=True), *choices)),))
         folder = tmp_path / str(len(choices))
         written(folder, [Measurement((1,), {"psnr_drop_db": 0.0, "macs": 1.0}, (30.0, 31.0))], space=space)
-        return re.findall(r'<td class="cell">(.*?)</td>', (folder / "report.html").read_text(encoding="utf-8"))
+        state = Page((folder / "report.html").read_text(encoding="utf-8")).scripts["state"]
+        return [choice["short"] for choice in json.loads(state)["slots"][0]["choices"]]
 
     small, large = (Choice("vssd", 1, (("state", state),)) for state in (8, 16))
-    assert shown(small) == ["vssd×1"] and shown(small, large) == ["vssd×1(state=8)"]
+    assert shown(small) == ["restormer×2", "vssd×1"]
+    assert shown(small, large) == ["restormer×2", "vssd×1(state=8)", "vssd×1(state=16)"]
 
 
 def test_colours_tell_families_and_depths_apart() -> None:

@@ -155,7 +155,9 @@ def test_a_search_keeps_its_bounds_and_fronts_take_costs_that_were_not_recorded(
     front = run.front(("psnr_drop_db", "peak_bytes"))
     assert all(member.values["peak_bytes"] == run.meter("peak_bytes").measure(member.genotype)
                for member in front.members)
-    assert "at 256×256" in front.remarks[0]
+    assert "at 256×256" in front.meters["peak_bytes"] and front.label("peak_bytes").endswith("at 256×256")
+    pipeline.pareto(run, objectives=("psnr_drop_db", "peak_bytes"))
+    assert "peak activation memory (bytes) at 256×256" in (tmp_path / "run" / "front.md").read_text(encoding="utf-8")
 
 
 def test_fixed_slots_and_forbidden_families_hold_for_search_and_front_and_may_change(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ function numeral(value, {step, largest}, si) {
 
 // Grid, ticks and titles of a chart whose axes are {label, si, low, high}; returns how values become pixels.
 function drawAxes(chart, xAxis, yAxis) {
-  const width = chart.clientWidth, height = chart.clientHeight;
+  const width = Math.max(200, chart.clientWidth), height = chart.clientHeight;  // 0 while the page is not laid out
   const across = ticks(xAxis.low, xAxis.high, Math.max(3, width / 110)), up = ticks(yAxis.low, yAxis.high, height / 70);
   const texts = up.values.map(value => numeral(value, up, yAxis.si));
   const left = 30 + 7 * Math.max(...texts.map(text => text.length)), right = width - 16, top = 22, bottom = height - 44;
@@ -97,7 +97,7 @@ function drawFront() {
   const inside = (x, y) => x >= xAxis.low && x <= xAxis.high && y >= yAxis.low && y <= yAxis.high;
   const mark = (x, y, text, shift = -13) => svg("text", {class: "mark", x, y: y + shift, "text-anchor":
     x > plot.right - 60 ? "end" : x < plot.left + 40 ? "start" : "middle"}, text);
-  const used = new Set(["measured", "member", "knee"]), labels = [];
+  const used = new Set(["measured", "member", "knee"]), above = [];
   drawn = [];
   const place = (item, kind) => {
     const x = plot.x(item.values[across]), y = plot.y(item.values[up]);
@@ -110,8 +110,8 @@ function drawFront() {
     const text = `degraded input, ${state.input.toFixed(2)} dB`;
     if (inside(xAxis.low, state.input)) {
       chart.append(svg("line", {class: "input", x1: plot.left, x2: plot.right, y1: plot.y(state.input), y2: plot.y(state.input)}));
-      labels.push(svg("text", {class: "mark", x: plot.right, y: plot.y(state.input) - 6, "text-anchor": "end"}, text));
-    } else labels.push(svg("text", {class: "mark", x: plot.right, y: 14, "text-anchor": "end"}, `↑ ${text}`));
+      above.push(svg("text", {class: "mark", x: plot.right, y: plot.y(state.input) - 6, "text-anchor": "end"}, text));
+    } else above.push(svg("text", {class: "mark", x: plot.right, y: 14, "text-anchor": "end"}, `↑ ${text}`));
   }
   let beyond = 0;
   state.items.forEach((item, number) => {
@@ -133,14 +133,12 @@ function drawFront() {
     if (error > 1) chart.append(svg("path", {class: "error", "clip-path": "url(#inner)", d: `M${x - 3},${y - error}h6m-3,0V${y + error}m-3,0h6`}));
     const point = svg("g", {id: `member-${number}`, class: "point", role: "option", "aria-label": describe(item, view.roles[index])}, shapes.member(x, y));
     if (third) point.firstChild.style.fill = shade((item.values[colour] - third.low) / (third.high - third.low || 1));
-    if (index === view.knee) {
-      point.append(shapes.knee(x, y));
-      labels.push(mark(x, y, "knee"));
-    } else if (view.roles[index]) {
-      used.add("near");
-      point.append(shapes.near(x, y));
-    }
     chart.append(point);
+    if (index === view.knee) above.push(shapes.knee(x, y), mark(x, y, "knee"));
+    else if (view.roles[index]) {
+      used.add("near");
+      above.unshift(shapes.near(x, y));
+    }
   });
   tuned.forEach(item => {
     const x = plot.x(item.values[across]), y = plot.y(item.tuned_drop), from = plot.y(item.values[up]);
@@ -153,9 +151,9 @@ function drawFront() {
     used.add("teacher");
     const [x, y] = [plot.x(teacher[0]), plot.y(teacher[1])];
     chart.append(shapes.teacher(x, y));
-    labels.push(mark(x, y, "teacher"));
+    above.push(mark(x, y, "teacher"));
   }
-  chart.append(...labels, svg("circle", {class: "ring", id: "ring", r: 12}));
+  chart.append(...above, svg("circle", {class: "ring", id: "ring", r: 13}));
   const names = {measured: "measured", member: "front, before fine-tuning", near: "nearest to the knee", knee: "knee",
     tuned: "fine-tuned", teacher: "teacher", input: "degraded input"};
   at("marks").replaceChildren(...Object.keys(names).filter(name => used.has(name)).map(name =>
@@ -371,9 +369,8 @@ function show() {
 }
 
 show();
-drawGrowth();
-addEventListener("resize", () => {
+new ResizeObserver(() => {
   drawFront();
   drawShape(state.items[chosen]);
   drawGrowth();
-});
+}).observe(at("front"));
