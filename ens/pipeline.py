@@ -22,7 +22,7 @@ from ens.evaluate.protocols import find_protocol, task_protocols
 from ens.export.hybrid import open_network, save_hybrid
 from ens.networks.checkpoints import remove_state, save_checkpoint
 from ens.own_code import spell_imports
-from ens.pareto.selection import Front, check_any_valid, telling_images
+from ens.pareto.selection import Front, check_any_valid
 from ens.run_folder import RunFolder, describe_harm
 from ens.runtime.process import QUIET, Control
 from ens.space import Genotype, Measurement, format_genotype
@@ -102,10 +102,12 @@ def search(run: RunFolder, control: Control = QUIET, *, jobs: int = 1, determini
 def pareto(run: RunFolder, control: Control = QUIET, *, objectives: tuple[str, ...] = ()) -> Front:
     """Write `front.csv`, `front.md`, `front.png` and `report.html`; `objectives` are the search's unless given."""
     from ens.evaluate.crops import draw_crops
-    from ens.pareto.report import write_front
+    from ens.pareto.report import spread_members, telling_images, write_front
 
     front = run.front(objectives)
-    crops = draw_crops(run.shown_networks(front), run.validation, run.protocol, numbers=telling_images(front))
+    shown = spread_members(front)
+    crops = draw_crops(run.shown_networks(front, shown), run.validation, run.protocol,
+                       numbers=telling_images(front, shown))
     write_front(run.path, front=front, archive=run.archive, crops=crops, storage=run.storage, options=spell_imports())
     control.say(f"pareto: wrote front.csv, front.md, front.png and report.html to {run.path}")
     return front

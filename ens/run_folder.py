@@ -38,7 +38,6 @@ from ens.pareto.selection import (
     pick_genotype,
     pick_objectives,
     select_front,
-    spread_members,
 )
 from ens.pareto.storage import Storage, acquire_lock
 from ens.runtime.process import QUIET
@@ -210,10 +209,10 @@ class RunFolder(OpenedStudy):
             raise ValueError("no genotype that was measured keeps to what `search.fix` and `search.forbid` leave")
         return select_front(keep_within(kept, bounds), names, baseline=baseline, meters=meters)
 
-    def shown_networks(self, front: Front) -> dict[str, Network]:
-        """The teacher and three members far apart on the front, also fine-tuned where they were, by what they are."""
+    def shown_networks(self, front: Front, indices: Sequence[int]) -> dict[str, Network]:
+        """The teacher and these members of a front, also fine-tuned where they were, by what they are."""
         shown = {"teacher": self.teacher}
-        for index in spread_members(front):
+        for index in indices:
             genotype, name = front.members[index].genotype, front.describe(index)
             shown[name] = self.build(genotype)
             if tuned := self.best_tuned(genotype):

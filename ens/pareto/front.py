@@ -69,6 +69,18 @@ def nearest(front: np.ndarray, index: int, *, k: int = 5) -> list[int]:
     return [int(other) for other in order if other != index][:k]
 
 
+def spread(front: np.ndarray, first: int, *, count: int) -> list[int]:
+    """Indices of up to `count` points far apart: `first`, then always the one farthest from all before it, objectives
+    scaled to 0..1 over the points.
+    """
+    scaled, found = _scale(_check(front)), [first]
+    while len(found) < min(count, len(scaled)):
+        distance = np.linalg.norm(scaled[:, None] - scaled[found], axis=2).min(axis=1).round(12)
+        distance[found] = -1.0
+        found.append(int(distance.argmax()))
+    return found
+
+
 def cheapest_within(drop: np.ndarray, cost: np.ndarray, limit: float) -> int:
     """Index of the cheapest point whose `drop` (N,) is at most `limit`; equal costs go to the smaller drop.
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
@@ -18,9 +19,16 @@ from ens.atomic import write_atomic
 from ens.objectives import QUALITY, find_objective, format_value, mean_psnr_db, objective_values
 from ens.pareto.archive import Archive
 from ens.pareto.charts import choose_axes, draw_png
-from ens.pareto.front import hypervolume_history
+from ens.pareto.front import hypervolume_history, spread
 from ens.pareto.palette import choice_colours, text_colour
-from ens.pareto.selection import Front, exceeded_costs, is_below_input, known_objectives, select_front
+from ens.pareto.selection import (
+    Front,
+    exceeded_costs,
+    is_below_input,
+    known_objectives,
+    list_usable,
+    select_front,
+)
 from ens.pareto.storage import Storage
 from ens.pareto.tables import MORE, drop_text, front_notes, front_rows, front_table, tuned_drop_db, tuned_rows
 from ens.space import Measurement, SearchSpace, Slot, format_genotype
@@ -45,6 +53,21 @@ def write_front(folder: Path, *, front: Front, archive: Archive, crops: Crops, s
     write_atomic(folder / "front.md", _markdown(f"{title}: {front.caption}", front, archive).encode())
     write_atomic(folder / "front.png", draw_png(title=f"{title}: {front.caption}", front=front))
     write_atomic(folder / "report.html", page.encode())
+
+
+def spread_members(front: Front, *, count: int = 3) -> list[int]:
+    """Indices of up to `count` members far apart on the front, the knee among them, in its order. Neither the teacher
+    nor what is below the degraded input or beyond the reference point.
+    """
+    usable = list_usable(front.members, front.objectives, teacher=front.teacher, baseline=front.baseline)
+    pool = [int(index) for index in usable if index == front.knee or any(front.members[index].genotype)]
+    return sorted(pool[place] for place in spread(front.values[pool], pool.index(front.knee), count=count))
+
+
+def telling_images(front: Front, indices: Sequence[int], *, count: int = 3) -> list[int]:
+    """Numbers of the validation images on which these members of a front differ most in PSNR, most first."""
+    psnr_db: np.ndarray = np.array([front.members[index].psnr_db for index in indices])
+    return [int(number) for number in np.argsort(-np.ptp(np.nan_to_num(psnr_db), axis=0), kind="stable")[:count]]
 
 
 def drawn_fingerprint(path: Path) -> str:

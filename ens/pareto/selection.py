@@ -159,19 +159,21 @@ def _find_knee(members: Sequence[Measurement], objectives: Sequence[str], *, tea
                baseline: Baseline | None) -> tuple[int, tuple[int, ...]]:
     """Indices of the knee and of the five nearest to it, as select_front says."""
     values = objective_values(members, objectives)
-    pool = _list_usable(members, values <= np.asarray(_limits(objectives, teacher)), baseline)
+    pool = list_usable(members, objectives, teacher=teacher, baseline=baseline)
     others = np.array([any(members[int(index)].genotype) for index in pool])
     middle = knee(values[pool], others if others.any() else None)
     near = [index for index in nearest(values[pool], middle, k=len(pool)) if others[index]][:5]
     return int(pool[middle]), tuple(int(pool[index]) for index in near)
 
 
-def _list_usable(members: Sequence[Measurement], within: np.ndarray, baseline: Baseline | None) -> np.ndarray:
+def list_usable(members: Sequence[Measurement], objectives: Sequence[str], *, teacher: Mapping[str, float],
+                baseline: Baseline | None) -> np.ndarray:
     """Indices of the members above the degraded input and within the reference point, as far as there are any."""
     pool = np.arange(len(members))
     above: np.ndarray = np.array([not is_below_input(member, baseline) for member in members])
-    inside: np.ndarray = np.all(within, axis=1)
-    for mask in (above, inside):
+    limits = np.asarray(_limits(objectives, teacher))
+    within: np.ndarray = np.all(objective_values(members, objectives) <= limits, axis=1)
+    for mask in (above, within):
         pool = pool[mask[pool]] if mask[pool].any() else pool
     return pool
 
@@ -294,29 +296,6 @@ def diverse_members(front: Front, *, count: int) -> list[tuple[Genotype, int]]:
         best = max(range(len(others)), key=distances.__getitem__)
         found.append((others.pop(best), distances[best]))
     return found
-
-
-def spread_members(front: Front, *, count: int = 3) -> list[int]:
-    """Indices of up to `count` members far apart on the front, in its order: the knee, then always the one farthest
-    from those before, objectives scaled as for the knee. Neither the teacher nor what is below the degraded input.
-    """
-    limits = np.asarray(_limits(front.objectives, front.teacher))
-    pool = _list_usable(front.members, front.values <= limits, front.baseline)
-    values = front.values[pool]
-    scaled = (values - values.min(axis=0)) / np.maximum(np.ptp(values, axis=0), 1e-12)
-    rest = {int(index): row for index, row in zip(pool, scaled, strict=True)
-            if any(front.members[int(index)].genotype) or index == front.knee}
-    found = {front.knee: rest.pop(front.knee)}
-    while rest and len(found) < count:
-        farthest = max(rest, key=lambda index: min(float(np.linalg.norm(rest[index] - row)) for row in found.values()))
-        found[farthest] = rest.pop(farthest)
-    return sorted(found)
-
-
-def telling_images(front: Front, *, count: int = 3) -> list[int]:
-    """Numbers of the validation images on which members far apart on the front differ most in PSNR, most first."""
-    psnr_db: np.ndarray = np.array([front.members[index].psnr_db for index in spread_members(front)])
-    return [int(number) for number in np.argsort(-np.ptp(np.nan_to_num(psnr_db), axis=0), kind="stable")[:count]]
 
 
 def cheapest_member(front: Front, limit: float) -> Measurement:
