@@ -106,8 +106,7 @@ def pareto(run: RunFolder, control: Control = QUIET, *, objectives: tuple[str, .
 
     front = run.front(objectives)
     shown = spread_members(front)
-    crops = draw_crops(run.shown_networks(front, shown), run.validation, run.protocol,
-                       numbers=telling_images(front, shown))
+    crops = draw_crops(run.shown_networks(front, shown), run.validation, run.protocol, telling_images(front, shown))
     write_front(run.path, front=front, archive=run.archive, crops=crops, storage=run.storage, options=spell_imports())
     control.say(f"pareto: wrote front.csv, front.md, front.png and report.html to {run.path}")
     return front

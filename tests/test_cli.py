@@ -204,7 +204,7 @@ def test_a_read_only_run_still_prints_its_front(
     run = RunFolder.start(study, tmp_path / "a b")
     with open_archive(run.storage, space=run.space, objectives=study.search.objectives, manifest={}) as archive:
         archive.record(Measurement(run.space.teacher, {"psnr_drop_db": 0.0, "penalty": 16.0}, (30.0,)))
-    monkeypatch.setattr("ens.evaluate.crops.draw_crops", lambda *arguments, numbers: {})
+    monkeypatch.setattr("ens.evaluate.crops.draw_crops", lambda *arguments: {})
     before = run.path / "front.csv"
 
     def refuse(path: Path, data: bytes) -> None:

@@ -37,7 +37,7 @@ def test_crops_hold_what_differs_and_show_the_same_place_of_a_smaller_input() ->
         images = [ValidationImage(f"{number}", degraded, clean) for number in range(3)]
         networks = {"plain": Patched(scale, 1000, 0), "patched": Patched(scale, 40 * scale - 8, 16)}
         rows = draw_crops(networks, ValidationSet(images, Fingerprint(3, (), "")), find_protocol("sr-y", scale=scale),
-                          numbers=[2, 0], side_px=24)
+                          [2, 0], side_px=24)
         assert list(rows) == ["2", "0"]
         pictures = {caption.partition("\n")[0]: decode(png) for caption, png in rows["2"]}
         assert list(pictures) == ["input", "plain", "patched", "target"]

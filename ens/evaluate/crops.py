@@ -14,7 +14,7 @@ from ens.evaluate.metrics import score_input, score_psnr_db
 from ens.evaluate.protocols import Protocol
 
 
-def draw_crops(networks: Mapping[str, nn.Module], images: ValidationSet, protocol: Protocol, *, numbers: Sequence[int],
+def draw_crops(networks: Mapping[str, nn.Module], images: ValidationSet, protocol: Protocol, numbers: Sequence[int], *,
                side_px: int = 96) -> dict[str, list[tuple[str, bytes]]]:
     """Image name -> captions with PSNR and PNG bytes: input, each network by its name, target; of the images with these
     numbers.
