@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 import sys
 import tempfile
 import time
@@ -85,7 +86,7 @@ class Forecast:
         """One line: time in all and of the verbs that take most of it, memory, disk, and what would take less."""
         parts = ", ".join(f"{cost.verb} {format_duration(cost.seconds)}" for cost in self.costs
                           if cost.seconds >= 0.03 * self.seconds)
-        return (f"about {format_duration(self.seconds)} on this machine ({parts}), {self.memory_bytes / 2**30:.1f} GiB "
+        return (f"about {format_duration(self.seconds)} on this machine{_describe_load()} ({parts}), {self.memory_bytes / 2**30:.1f} GiB "
                 f"of memory, {self.disk_bytes / 2**30:.1f} GiB of disk{self.suggest()}")
 
     def suggest(self) -> str:
@@ -329,6 +330,13 @@ class _Pilot:
         pairs = find_pairs(data, scale=self.run.task.scale)
         looked = pairs[::-(-len(pairs) // 50)]
         return 3.0 * len(pairs) * sum(math.prod(read_size(pair.clean)) for pair in looked) / len(looked)
+
+
+def _describe_load() -> str:
+    """How busy the machine is, where others take what the pilot would have had."""
+    if not hasattr(os, "getloadavg") or (load := os.getloadavg()[0]) < 1.5 * (os.cpu_count() or 1):
+        return ""
+    return f", as busy as it is now (load {load:.0f})"
 
 
 def _count_params(module: nn.Module) -> int:

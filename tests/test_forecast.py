@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,16 @@ def test_a_pilot_leaves_no_file_and_the_network_as_it_is(tmp_path: Path) -> None
     assert all(torch.equal(before[name], value) for name, value in run.teacher.state_dict().items())
 
 
-def test_a_long_study_is_told_what_would_make_it_shorter() -> None:
+def test_a_long_study_is_told_what_would_make_it_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.5, 0.5))
     distill = Cost("distill", 10 * 86400.0, "", "distill.steps", 20000, 43.2)
     search = Cost("search", 10 * 3600.0, "", "search.budget", 500, 72.0)
     long = Forecast((distill, search), 2**31, 2**30)
     assert long.describe() == ("about 10 days on this machine (distill 10 days, search 10 hours), 2.0 GiB of memory, "
                                "1.0 GiB of disk; `distill.steps=2000` would take 34 hours")
     assert not Forecast((search,), 0, 0).suggest(), "what takes a night is not long"
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 0.5, 0.5))
+    assert long.describe().startswith("about 10 days on this machine, as busy as it is now (load 99)")
     phases = Cost("finetune", 4e6, "", "finetune.steps", 300000, 1.0, " `finetune.phases=[[0, 128, 8]]`")
     assert "`finetune.steps=30000` `finetune.phases=[[0, 128, 8]]` would take 8 hours" in Forecast(
         (phases,), 0, 0).describe()
