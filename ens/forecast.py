@@ -7,7 +7,6 @@ crop of one image, one file of a slot. Surrogates have random weights: a time do
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import os
 import sys
@@ -86,8 +85,9 @@ class Forecast:
         """One line: time in all and of the verbs that take most of it, memory, disk, and what would take less."""
         parts = ", ".join(f"{cost.verb} {format_duration(cost.seconds)}" for cost in self.costs
                           if cost.seconds >= 0.03 * self.seconds)
-        return (f"about {format_duration(self.seconds)} on this machine{_describe_load()} ({parts}), {self.memory_bytes / 2**30:.1f} GiB "
-                f"of memory, {self.disk_bytes / 2**30:.1f} GiB of disk{self.suggest()}")
+        return (f"about {format_duration(self.seconds)} on this machine{_describe_load()} ({parts}), "
+                f"{self.memory_bytes / 2**30:.1f} GiB of memory, {self.disk_bytes / 2**30:.1f} GiB of disk"
+                f"{self.suggest()}")
 
     def suggest(self) -> str:
         """What makes a long study shorter, as the end of a sentence; nothing where it is short."""
@@ -142,14 +142,11 @@ class _Pilot:
         if candidates:
             costs.append(Cost("export", whole * (1 + _CHECKS), "one ONNX file, written and checked"))
         params = _count_params(self.network)
-        surrogates = sum(_count_params(blocks) for blocks in self._list_surrogates(jobs))
+        with torch.device("meta"):
+            surrogates = sum(_count_params(create_filling(spec, choice)) for spec, choice in jobs)
         disk = 4 * (params + surrogates) + 12 * max(params, min(surrogates, study.distill.group_size * surrogates
                                                                 / max(1, len(jobs)))) + 4 * 8 * params
         return Forecast(tuple(costs), self.peak_bytes + _resident_bytes() + self._images_bytes(), disk)
-
-    def _list_surrogates(self, jobs: Sequence[tuple[SlotSpec, Choice]]) -> list[nn.Module]:
-        with torch.device("meta"):
-            return [create_filling(spec, choice) for spec, choice in jobs]
 
     def _time(self, work: Callable[[int], object], count: float) -> float:
         """Seconds of `work(count)`: of as many as the budget allows, after a first of one."""
@@ -300,12 +297,8 @@ class _Pilot:
         part = plan.groups[-1][len(plan.groups[-1]) // 2]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"slot{suffix}"
-            self._write(first, path, suffix, 1)
-            return self._clock(functools.partial(self._write, part, path, suffix), 1)
-
-    def _write(self, part: Part, path: Path, suffix: str, number: int) -> None:
-        for _ in range(number):
-            write_part(part, path, suffix)
+            write_part(first, path, suffix)
+            return self._clock(lambda _: write_part(part, path, suffix), 1)
 
     def _profile(self, slot_s: float, whole: float, image_s: Sequence[float]) -> Cost:
         """Files that are written, and passes in which they are timed."""
