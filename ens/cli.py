@@ -16,15 +16,13 @@ from typing import Annotated
 import typer
 
 import ens
+from ens import listing, searching, starting, timings
 from ens import options as given
-from ens import searching, starting, timings
 from ens.console import (
     complain,
     make_table,
     print_evaluation,
     print_front,
-    print_installation,
-    print_spaces,
     print_tuned,
     replace_unknown_characters,
     reporting,
@@ -36,18 +34,15 @@ from ens.runtime.process import StopNow, describe_error, keep_freed_memory
 from ens.space import format_genotype, parse_genotype
 
 # What needs PyTorch is imported inside the verbs, so that `ens --help` answers at once.
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(
+app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True,
+                  pretty_exceptions_enable=False, epilog=given.show_examples("run"), help=(
     "Search a restoration network for hybrids: which of its blocks can become cheaper ones, and at what cost. "
     "Every verb continues where it was interrupted and skips what is done."))
 inspect = typer.Typer(no_args_is_help=True, help="Look inside a run.")
 app.add_typer(inspect, name="inspect")
-app.command()(timings.profile)
-app.command()(timings.bench)
-app.command()(timings.estimate)
-app.command()(starting.slots)
-app.command()(searching.search)
-app.command()(searching.pareto)
-app.command()(starting.init)
+for verb in (timings.profile, timings.bench, timings.estimate, starting.slots, searching.search, searching.pareto,
+             starting.init, listing.spaces, listing.info):
+    app.command(epilog=given.show_examples(verb.__name__))(verb)
 
 
 def main() -> None:
@@ -76,7 +71,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-@app.command()
+@app.command(epilog=given.show_examples("run"))
 def run(study: given.Study, out: given.Out, pick: given.Pick = "knee", candidates: given.Candidates = None,
         teacher: given.Teacher = None, bounds: given.Bounds = None, require: given.Require = None,
         patience: given.Patience = None, fix: given.Fix = None, forbid: given.Forbid = None,
@@ -99,7 +94,7 @@ def run(study: given.Study, out: given.Out, pick: given.Pick = "knee", candidate
          f"{shlex.join(['ens', 'restore', str(model), 'photo.png', 'restored.png'])}")
 
 
-@app.command()
+@app.command(epilog=given.show_examples("train"))
 def train(study: given.Study, out: given.Out, teacher: given.TaughtBy = None, teacher_weight: given.TaughtWeight = None,
           restart: given.Restart = False, changes: given.Set = None, code: given.Import = None) -> None:
     """Train the teacher of a study; several processes under torchrun."""
@@ -111,7 +106,7 @@ def train(study: given.Study, out: given.Out, teacher: given.TaughtBy = None, te
     say(f"The run is in {out}. Next: {given.spell('distill', study, '--out', str(out))}")
 
 
-@app.command()
+@app.command(epilog=given.show_examples("distill"))
 def distill(study: given.Study, out: given.Out, teacher: given.Teacher = None, restart: given.Restart = False,
             changes: given.Set = None, code: given.Import = None) -> None:
     """Align every surrogate of a study with its slot of the teacher."""
@@ -126,7 +121,7 @@ def distill(study: given.Study, out: given.Out, teacher: given.Teacher = None, r
     say(f"The library is in {library.root}")
 
 
-@app.command()
+@app.command(epilog=given.show_examples("finetune"))
 def finetune(run: given.Run, pick: given.Pick = "knee", candidates: given.Candidates = None,
              teacher: given.TaughtBy = None, teacher_weight: given.TaughtWeight = None, bounds: given.Bounds = None,
              storage: given.Storage = "", restart: given.Restart = False, changes: given.Set = None,
@@ -143,7 +138,7 @@ def finetune(run: given.Run, pick: given.Pick = "knee", candidates: given.Candid
     say(f"Best on the validation images: {format_genotype(best)}\n{folder.best_tuned(best)}")
 
 
-@app.command()
+@app.command(epilog=given.show_examples("export"))
 def export(run: given.Run, pick: given.Pick = "knee", formats: given.Formats = "onnx", size: given.Size = "",
            int8: given.Int8 = False, bundle: given.Bundle = False, plain: given.Plain = False,
            bounds: given.Bounds = None, storage: given.Storage = "", code: given.Import = None) -> None:
@@ -158,7 +153,7 @@ def export(run: given.Run, pick: given.Pick = "knee", formats: given.Formats = "
     say("\n".join(f"Exported: {path}" for path in paths))
 
 
-@app.command()
+@app.command(epilog=given.show_examples("restore"))
 def restore(
     model: Annotated[Path, typer.Argument(metavar="FILE", help="Exported file, hybrid or checkpoint.")],
     source: Annotated[Path, typer.Argument(metavar="IN", help="Image, or folder of images.")],
@@ -182,7 +177,7 @@ def restore(
     say(f"Restored: {target}")
 
 
-@app.command()
+@app.command(epilog=given.show_examples("degrade"))
 def degrade(source: Annotated[Path, typer.Argument(metavar="IN", help="Clean image.")],
             target: Annotated[Path, typer.Argument(metavar="OUT", help="Image to write.")], task: given.Task) -> None:
     """Write what a task's validation would make of a clean image: something to restore."""
@@ -193,7 +188,7 @@ def degrade(source: Annotated[Path, typer.Argument(metavar="IN", help="Clean ima
     say(f"Degraded: {target}")
 
 
-@app.command()
+@app.command(epilog=given.show_examples("evaluate"))
 def evaluate(
     checkpoint: Annotated[str, typer.Option("--checkpoint", "--model", help=(
         "Checkpoint, hybrid or exported file, or builtin:NAME for a shipped teacher."))],
@@ -204,7 +199,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Take the first N images.")] = None,
     threads: given.Threads = None, runtime: given.Runtime = "", tile: given.Tile = None,
     tile_overlap: given.TileOverlap = None, network: given.OwnNetwork = "", options: given.NetworkSet = None,
-    code: given.Import = None,
+    as_json: given.AsJson = False, code: given.Import = None,
 ) -> None:
     """Score a file on a folder of images: protocol, data, PSNR and SSIM."""
     from ens import pipeline
@@ -215,24 +210,13 @@ def evaluate(
         results = pipeline.evaluate(checkpoint, data, job, control, protocol=protocol, crop_px=crop, limit=limit,
                                     threads=threads, runtime=runtime, tile_px=tile, overlap_px=tile_overlap,
                                     create=given.find_network(network, options, job.scale))
-    print_evaluation(results, str(job))
+    print_evaluation(results, str(job), as_json=as_json)
     if broken := results[0].broken:
         complain(f"error: {checkpoint}: {broken}")
         raise typer.Exit(1)
 
 
-@app.command()
-def spaces(studies: Annotated[list[str] | None, typer.Argument(
-        metavar="[SPACE.yaml]...", help="Studies to list; the shipped ones by default.")] = None,
-        code: given.Import = None) -> None:
-    """List studies: slots × choices, genotypes, and the range of parameters and multiply-adds."""
-    from ens.config import shipped_spaces
-    from ens.run_folder import RunFolder
-
-    print_spaces([RunFolder(Path(), given.load_named(name)) for name in studies or map(str, shipped_spaces())])
-
-
-@app.command()
+@app.command(epilog=given.show_examples("schema"))
 def schema() -> None:
     """Print the JSON schema of study files, by which an editor completes and checks them."""
     from ens.config import study_schema
@@ -240,7 +224,7 @@ def schema() -> None:
     print(study_schema())
 
 
-@inspect.command()
+@inspect.command(epilog=given.show_examples("erf"))
 def erf(run: given.Run, slot: Annotated[str, typer.Option(help="Slot to look into, for instance latent.")],
         target: Annotated[Path | None, typer.Option("--out", "-o", help="PNG; RUN/erf_SLOT.png by default.")] = None,
         code: given.Import = None) -> None:
@@ -264,10 +248,7 @@ def erf(run: given.Run, slot: Annotated[str, typer.Option(help="Slot to look int
     say(f"Sides in pixels of the slot's own features\n{target}")
 
 
-@app.command()
-def info() -> None:
-    """What this installation has: versions, devices, scan kernels, and every name a study may use."""
-    print_installation()
+app.registered_commands.sort(key=lambda verb: list(given.EXAMPLES).index(verb.callback.__name__))  # type: ignore
 
 
 def _candidates(count: int | None) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ens.space import BUILTIN, Choice, parse_choice
+from ens.space import BUILTIN, Choice, parse_choice, suggest
 from ens.yaml_values import ConfigError as ConfigError
 from ens.yaml_values import flatten, freeze, read_number, read_yaml
 
@@ -303,7 +303,8 @@ def find_study(name: str) -> Path:
     given = Path(name)
     if given.parent in (Path(), Path("search_spaces")) and given.suffix in ("", ".yaml") and given.stem in shipped:
         return shipped[given.stem]
-    raise ConfigError(f"there is no study {name}; give a YAML file or one of {', '.join(shipped)}")
+    raise ConfigError(f"there is no study {name}{suggest(name, shipped)}; give a YAML file or one of "
+                      f"{', '.join(shipped)}")
 
 
 def parse_changes(changes: Sequence[str]) -> dict[str, Any]:

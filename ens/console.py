@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -23,7 +24,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.style import StyleType
 from rich.table import Table
 
-from ens.objectives import OBJECTIVES
 from ens.runtime.process import Control, Interrupted, Stop, StopNow, format_duration
 from ens.space import Genotype, format_genotype
 
@@ -53,6 +53,19 @@ def say(text: str) -> None:
 def show(table: Table) -> None:
     """A table of the result; no word of it is cut, however narrow the terminal is."""
     _out.print(table, crop=False)
+
+
+def show_json(value: object) -> None:
+    """The result as JSON, in ASCII; what is not finite as text, as in an archive."""
+    _out.print(json.dumps(_plain(value), indent=1).replace("\x7f", "\\u007f"), soft_wrap=True)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def complain(text: str) -> None:
@@ -158,9 +171,16 @@ def print_tuned(folder: RunFolder, genotypes: Sequence[Genotype]) -> None:
         show(table)
 
 
-def print_evaluation(results: Sequence[Evaluation], task: str) -> None:
+def print_evaluation(results: Sequence[Evaluation], task: str, *, as_json: bool) -> None:
     """Scores of every image, and the means by every protocol."""
     first = results[0]
+    if as_json:
+        show_json({"data": first.fingerprint, "task": task, "protocols": [
+            {"protocol": result.protocol, "gain_db": result.gain_db,
+             **dict(zip(("psnr_db", "ssim", "input_psnr_db"), result.means(), strict=True)),
+             "images": [{"name": name, "psnr_db": score.psnr_db, "ssim": score.ssim} for name, score in
+                        zip(result.names, result.outputs, strict=True)]} for result in results]})
+        return
     table = make_table(("image",), (*(("input dB",) if first.inputs else ()), "PSNR dB", "SSIM"))
     for index, (name, score) in enumerate(zip(first.names, first.outputs, strict=True)):
         before = (f"{first.inputs[index].psnr_db:.2f}",) if first.inputs else ()
@@ -179,9 +199,8 @@ def print_bench(files: Sequence[str], found: Mapping[str, Sequence[Timing]], fac
                 as_json: bool) -> None:
     """Milliseconds of files by image size, and how many times as fast as the first each is; quartiles in brackets."""
     if as_json:
-        say(json.dumps({**facts, "sizes": {size: [{"file": file, **asdict(timing)} for file, timing in
-                                                   zip(files, timings, strict=True)]
-                                           for size, timings in found.items()}}, indent=1))
+        show_json({**facts, "sizes": {size: [{"file": file, **asdict(timing)} for file, timing in
+                                             zip(files, timings, strict=True)] for size, timings in found.items()}})
         return
     table = make_table(("size", "file"), ("ms", "", "times as fast", ""))
     for size, timings in found.items():
@@ -191,42 +210,3 @@ def print_bench(files: Sequence[str], found: Mapping[str, Sequence[Timing]], fac
                           f"{slower:.2f}-{faster:.2f}")
     show(table)
     say("Medians and quartiles; " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-
-
-def print_spaces(folders: Sequence[RunFolder]) -> None:
-    """Slots × choices, genotypes, and the range of parameters and multiply-adds of studies."""
-    table = make_table(("space",), ("slots", "genotypes", "surrogates", "params", "MACs 256²"))
-    for column in table.columns[:4]:
-        column.no_wrap = True
-    for folder in folders:
-        space, costs = folder.space, folder.count_costs()
-        ranges = [" – ".join(map(OBJECTIVES[key].format, costs.range(key))) for key in ("params", "macs")]
-        low, high = min(space.sizes), max(space.sizes)
-        count = f"{space.num_genotypes:,}" if space.num_genotypes < 1e9 else f"{space.num_genotypes:.1e}"
-        table.add_row(space.name, f"{len(space.sizes)} × {low}–{high}" if low < high else f"{len(space.sizes)} × {low}",
-                      count, f"{space.num_surrogates}", *ranges)
-    show(table)
-
-
-def print_installation() -> None:
-    """Print versions, devices, scan kernels, and every name a study may use."""
-    import onnxruntime
-    import torch
-
-    import ens
-    from ens.data.tasks import TASKS
-    from ens.evaluate.protocols import PROTOCOLS
-    from ens.objectives import OBJECTIVES
-    from ens.ops.selective_scan import scan_backends
-    from ens.search import ENGINES
-
-    gpus = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    rows = {"ens": ens.__version__, "python": sys.version.split()[0], "torch": torch.__version__,
-            "onnxruntime": onnxruntime.__version__, "threads": str(torch.get_num_threads()), "GPU": gpus or "none",
-            **{f"scan on {device}": path for device, path in scan_backends().items()},
-            "networks": ", ".join(ens.NETWORKS), "families": ", ".join(ens.FAMILIES), "tasks": ", ".join(TASKS),
-            "protocols": ", ".join(PROTOCOLS), "engines": ", ".join(ENGINES), "objectives": ", ".join(OBJECTIVES)}
-    table = Table(box=None, show_header=False)
-    for row in rows.items():
-        table.add_row(*row)
-    show(table)

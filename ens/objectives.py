@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ens.space import Measurement
+from ens.space import Measurement, suggest
 
 
 def _format_db(value: float) -> str:
@@ -83,7 +83,8 @@ def find_objective(name: str) -> Objective:
         return OBJECTIVES[name]
     if base == LATENCY and table:
         return replace(OBJECTIVES[LATENCY], name=name, label=f"latency (ms, {table})")
-    raise ValueError(f"objective {name!r} does not exist; choose from {', '.join(OBJECTIVES)}")
+    raise ValueError(f"objective {name!r} does not exist{suggest(name, OBJECTIVES)}; choose from "
+                     f"{', '.join(OBJECTIVES)}")
 
 
 def find_objectives(names: Sequence[str]) -> tuple[Objective, ...]:

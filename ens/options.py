@@ -56,6 +56,7 @@ Bundle = Annotated[bool, typer.Option("--bundle", help=(
     "Also a folder that restores images with onnxruntime, numpy and Pillow alone."))]
 Plain = Annotated[bool, typer.Option("--plain", help=(
     "Also one Python file of plain PyTorch, with its weights, to read and train on without ens."))]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Runtime = Annotated[str, typer.Option(help=(
     "Runtime of an exported file: ort, openvino, openvino-default, executorch or torch; the format's own by default."))]
 Restart = Annotated[bool, typer.Option("--restart", help=(
@@ -88,6 +89,41 @@ def _import_code(given: list[str] | None) -> list[str] | None:
         for code in given:
             import_code(code)
     return given
+
+
+EXAMPLES = {
+    "run": ("ens run demo --out runs/demo", "ens run study.yaml --out run --pick best-under=latency_ms:100",
+            "ens run study.yaml --out run --import my_network.py"),
+    "init": ("ens init --network my_network.py:build --data photos --task sr_x2",
+             "ens init --teacher dat.pth --data photos --task sr_x4"),
+    "slots": ("ens slots my_network.py:build", "ens slots my_network.py:build --set dim=60 --all"),
+    "estimate": ("ens estimate study.yaml", "ens estimate study.yaml --set distill.steps=2000"),
+    "train": ("ens train study.yaml --out run",),
+    "distill": ("ens distill study.yaml --out run --teacher restormer.pth",),
+    "profile": ("ens profile runs/demo", "ens profile run --emit-bundle for_phone",
+                "ens profile run --from results.json --name phone"),
+    "search": ("ens search demo --out runs/demo --jobs 2", "ens search study.yaml --out run --max latency_ms=300"),
+    "pareto": ("ens pareto runs/demo", "ens pareto runs/demo --objectives psnr_drop_db,macs",
+               "ens pareto runs/demo --json"),
+    "finetune": ("ens finetune runs/demo", "ens finetune run --pick 'within 0.1' --set finetune.steps=2000"),
+    "export": ("ens export runs/demo", "ens export run --pick 0-2-1 --format onnx,pte --size 256"),
+    "evaluate": ("ens evaluate --checkpoint run/export/0-2-1.onnx --data photos --task sr_x4",
+                 "ens evaluate --checkpoint dat.pth --data set5 --task sr_x4 --json"),
+    "restore": ("ens restore run/export/0-2-1.onnx photo.png restored.png",
+                "ens restore restormer.pth photos restored --tile 512"),
+    "degrade": ("ens degrade clean.png noisy.png --task denoise_s25",),
+    "bench": ("ens bench teacher.onnx hybrid.onnx --size 256,480x640",),
+    "spaces": ("ens spaces", "ens spaces study.yaml --json"),
+    "info": ("ens info",),
+    "schema": ("ens schema > study.schema.json",),
+    "erf": ("ens inspect erf runs/demo --slot latent",),
+}
+"""Commands that the help of every verb ends with, in the order in which `ens --help` lists the verbs."""
+
+
+def show_examples(verb: str) -> str:
+    """The end of a verb's help: an empty line is a new line there."""
+    return "\n\n".join(["Examples:" if len(EXAMPLES[verb]) > 1 else "Example:", *EXAMPLES[verb]])
 
 
 def spell(*words: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import ens.options as given
-from ens.console import print_front, print_tuned, reporting, say
+from ens.console import print_front, print_tuned, reporting, say, show_json
 from ens.space import format_genotype
 
 _JOIN_S = 24 * 3600
@@ -37,26 +37,29 @@ def pareto(run: given.Run, objectives: Annotated[str, typer.Option(help=(
         bounds: given.Bounds = None, fix: given.Fix = None, forbid: given.Forbid = None,
         unmark: Annotated[str, typer.Option(metavar="GENOTYPE", help=(
             "Put a genotype back that a failed export has marked invalid."))] = "",
-        storage: given.Storage = "", code: given.Import = None) -> None:
+        storage: given.Storage = "", as_json: given.AsJson = False, code: given.Import = None) -> None:
     """Print the front of a run and write it as CSV, Markdown, PNG and one HTML page."""
     import ens.pipeline as pipeline
+    from ens.pareto.selection import diverse_members, pick_genotype
+    from ens.pareto.tables import front_data
 
     names = given.parse_names(objectives)
     folder = given.open_run(run, given.search_changes(None, bounds, fix=fix, forbid=forbid), storage=storage)
     if unmark:
         folder.unmark(unmark)
     front = folder.front(names)
-    print_front(folder, front)
-    print_tuned(folder, list(folder.archive.tuned))
-    if within is not None:
-        from ens.pareto.selection import pick_genotype
-
-        chosen = pick_genotype(f"within {within:g}", front=front, space=folder.archive.space)
-        say(f"Cheapest within {within:g} dB: {format_genotype(chosen)}")
-    if diverse is not None:
-        from ens.pareto.selection import diverse_members
-
-        for genotype, distance in diverse_members(front, count=diverse):
+    chosen = format_genotype(pick_genotype(f"within {within:g}", front=front, space=folder.archive.space)
+                             ) if within is not None else ""
+    spread = diverse_members(front, count=diverse) if diverse is not None else []
+    if as_json:
+        show_json({**front_data(front, archive=folder.archive), "cheapest_within": chosen,
+                   "diverse": [format_genotype(genotype) for genotype, _ in spread]})
+    else:
+        print_front(folder, front)
+        print_tuned(folder, list(folder.archive.tuned))
+        if chosen:
+            say(f"Cheapest within {within:g} dB: {chosen}")
+        for genotype, distance in spread:
             say(f"Diverse: {format_genotype(genotype)}" + (
                 f", at least {distance} of {len(genotype)} slots differ" if distance else ", the knee"))
     with reporting() as control:  # last, so that a folder that is read-only has shown its front

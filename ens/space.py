@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -41,6 +42,12 @@ class Choice:
     def file_stem(self) -> str:
         """The label in characters every file system takes: `mambair-2`, `vssd-1-state16`."""
         return "-".join([self.family, str(self.depth), *(f"{key}{value}" for key, value in self.options)])
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """` (did you mean …?)` for a name that is not among the known ones but near to one, else ""."""
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def parse_choice(text: str) -> Choice:
@@ -203,16 +210,17 @@ class SearchSpace:
         families = {choice.family for slot in self.slots for choice in slot.choices}
         for kind, given, known in (("slot", wanted, {slot.name for slot in self.slots}), ("family", forbid, families)):
             if unknown := [name for name in given if name not in known]:
-                raise ValueError(f"{self.name} searches no {kind} {unknown[0]!r}; it has {', '.join(sorted(known))}")
+                raise ValueError(f"{self.name} searches no {kind} {unknown[0]!r}{suggest(unknown[0], known)}; it has "
+                                 f"{', '.join(sorted(known))}")
         slots = []
         for slot in self.slots:
             shut = {index for index, choice in enumerate(slot.choices)
                     if choice.label != wanted.get(slot.name, choice.label) or choice.family in forbid}
             slots.append(replace(slot, shut=slot.shut | shut))
             if not slots[-1].open:
-                labels = ", ".join(choice.label for choice in slot.choices)
-                raise ValueError(f"slot {slot.name} has no choice left of {labels}"
-                                 + (f": it is fixed to {wanted[slot.name]}" if slot.name in wanted else "")
+                labels, fixed = [choice.label for choice in slot.choices], wanted.get(slot.name, "")
+                raise ValueError(f"slot {slot.name} has no choice left of {', '.join(labels)}"
+                                 + (f": it is fixed to {fixed}{suggest(fixed, labels)}" if fixed else "")
                                  + (f"; forbidden: {', '.join(forbid)}" if forbid else ""))
         return replace(self, slots=tuple(slots))
 

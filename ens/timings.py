@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ens.console import make_table, print_bench, reporting, say, show
-from ens.options import Import, Repeats, Runtime, Set, Sizes, Study, Teacher, Threads, load_named, parse_sizes
+from ens.options import AsJson, Import, Repeats, Runtime, Set, Sizes, Study, Teacher, Threads, load_named, parse_sizes
 
 if TYPE_CHECKING:
     from ens.run_folder import RunFolder
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 def bench(files: Annotated[list[str], typer.Argument(metavar="A B...", help="Files that hold networks.")],
           runtime: Runtime = "", size: Sizes = "256", threads: Threads = None,
           repeats: Repeats = 15,
-          as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-          code: Import = None) -> None:
+          as_json: AsJson = False, code: Import = None) -> None:
     """Time files in turn, in one run: milliseconds, and how many times as fast as the first."""
     from ens.runtime.bench import bench_files
     from ens.runtime.runner import describe_machine

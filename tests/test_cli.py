@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.core import TyperCommand as Command
+from typer.main import get_command
 
 from ens import cli, pipeline
 from ens.config import StudyConfig, TrainConfig, load_study
@@ -214,12 +218,66 @@ def test_a_read_only_run_still_prints_its_front(
     output = capsys.readouterr()
     assert "1 genotypes measured" in output.out and "0-0-0-0-0-0-0-0" in output.out and not before.exists()
     assert f"ens pareto '{run.path}'" in output.err
+    assert run_cli("pareto", str(run.path), "--json") == 74
+    found = json.loads(capsys.readouterr().out)
+    assert found["knee"] == found["members"][0]["genotype"] == "0-0-0-0-0-0-0-0" and found["measured"] == 1
+    assert found["members"][0]["values"] == {"psnr_drop_db": 0.0, "penalty": 16.0}
+    assert found["members"][0]["choices"]["latent"] == "restormer×2"
     mark_invalid(run.storage, run.space.teacher, "it is green")
     assert run_cli("pareto", str(run.path)) == 1 and "has “it is green”" in capsys.readouterr().err
     assert run_cli("pareto", str(run.path), "--unmark", "0-0-0-0-0-0-0-0") == 74
     assert "1 genotypes measured, 1 on the front, 0 invalid" in capsys.readouterr().out
     assert run_cli("pareto", str(run.path), "--unmark", "0-0-0-0-0-0-0-0") == 1
     assert "is not marked" in capsys.readouterr().err
+
+
+VERBS = [(verb, name) for name, verb in get_command(cli.app).commands.items() if name != "inspect"]  # type: ignore
+VERBS.append((get_command(cli.inspect), "inspect erf"))
+
+
+@pytest.mark.parametrize(("verb", "name"), VERBS, ids=[name for _, name in VERBS])
+def test_every_help_fits_a_terminal_and_ends_with_examples_that_are_understood(
+        run_cli: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+        verb: Command, name: str) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    monkeypatch.setattr("typer.rich_utils.FORCE_TERMINAL", False)
+    monkeypatch.setattr("ens.own_code.import_code", lambda given: None)
+    assert run_cli(*name.split(), "-h") == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    examples = [line.strip() for line in text.partition("Example")[2].splitlines() if line.startswith(" ens ")]
+    assert examples and all(example.startswith(f"ens {name}") for example in examples)
+    for example in examples:
+        words = shlex.split(example.partition(" > ")[0])[1:]
+        with verb.make_context(words[0], words[1:] if verb.name == words[0] else words[len(name.split()):]):
+            pass  # raises where an option or argument is not one of the verb's
+
+
+def test_the_shell_completes_verbs_and_options(capsys: pytest.CaptureFixture[str],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_ENS_COMPLETE", "complete_bash")
+    for words, index, wanted in (("ens pa", "1", "pareto"), ("ens pareto --js", "2", "--json")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", index)
+        with pytest.raises(SystemExit):
+            cli.app(prog_name="ens")
+        assert capsys.readouterr().out.split() == [wanted]
+
+
+@pytest.mark.parametrize(("command", "near"), [
+    ("run dem --out x", "demo"), ("paretto x", "pareto"),
+    ("run demo --out x --set slots.latent=[vsd×1]", "vssd"),
+    ("run demo --out x --set slots={latnt:[conv×1]}", "latent"),
+    ("run demo --out x --fix latent=vsd×1(state=16)", "vssd×1(state=16)"),
+    ("run demo --out x --forbid restorme", "restormer"), ("run demo --out x --set search.engine=exct", "exact"),
+    ("run demo --out x --max latncy_ms=3", "latency_ms"),
+    ("evaluate --checkpoint builtin:denoise_demo --data builtin:photos --task denois_s25", "denoise"),
+    ("evaluate --checkpoint builtin:denoise_demo --data builtin:photos --task sr_x4 --protocol sr-yy", "sr-y"),
+])
+def test_a_mistyped_name_is_answered_with_the_nearest(run_cli: Callable[..., int], command: str, near: str,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(*command.split()) != 0
+    assert re.search(f"[Dd]id you mean '?{re.escape(near)}", " ".join(capsys.readouterr().err.split()))
 
 
 def test_printed_commands_are_quoted_for_the_shell(run_cli: Callable[..., int], tmp_path: Path,

@@ -11,8 +11,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "ens"
 ORDER = ("space", "objectives", "atomic", "shortage", "own_code", "ops", "blocks", "networks", "data", "distill",
          "evaluate", "search", "pareto", "export", "runtime", "yaml_values", "config", "draft", "opened_study",
-         "run_folder", "companions", "forecast", "workers", "pipeline", "console", "options", "timings", "starting",
-         "searching", "cli")
+         "run_folder", "companions", "forecast", "workers", "pipeline", "console", "options", "listing", "timings",
+         "starting", "searching", "cli")
 ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage": set(), "ops": {"ops"},
            "data": {"data", "atomic", "own_code"}, "search": {"search", "space", "objectives", "atomic"},
            "pareto": {"pareto", "space", "objectives", "atomic", "shortage"}}
@@ -21,7 +21,7 @@ TOUCH_FILES = {"atomic", "networks.checkpoints", "networks.weight_files", "data.
                "distill.library", "pareto.archive", "pareto.claims", "pareto.storage", "pareto.report", "export.hybrid",
                "export.bundle", "export.bundle_runner", "export.card", "export.edge", "export.executorch",
                "export.formats", "export.int8", "export.onnx", "export.openvino", "export.torch_export",
-               "evaluate.latency", "runtime.profiling", "runtime.runner", "runtime.session", "search.table",
+               "evaluate.latency", "listing", "runtime.profiling", "runtime.runner", "runtime.session", "search.table",
                "yaml_values", "config", "ops.native"}  # which looks whether its own compiled file can be loaded
 FILE_CALLS = {"open", "fdopen", "write_text", "write_bytes", "read_text", "read_bytes", "unlink", "mkdir", "rename",
               "rmtree", "safe_open", "save_file", "load_file", "imread", "imwrite", "write_html"}

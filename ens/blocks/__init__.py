@@ -22,6 +22,7 @@ from ens.blocks.ssd import SSDBlock
 from ens.blocks.uformer import UformerBlock
 from ens.blocks.vimm import ViMMBlock
 from ens.blocks.vssd import VSSDBlock
+from ens.space import suggest
 
 FAMILIES: dict[str, type[nn.Module]] = {
     "restormer": RestormerBlock,
@@ -44,7 +45,7 @@ FAMILIES: dict[str, type[nn.Module]] = {
 def family_options(family: str) -> dict[str, int | float | str | bool]:
     """Option names of a family with their defaults; raises KeyError listing the families."""
     if family not in FAMILIES:
-        raise KeyError(f"no block family {family!r}; allowed: {', '.join(FAMILIES)}")
+        raise KeyError(f"no block family {family!r}{suggest(family, FAMILIES)}; allowed: {', '.join(FAMILIES)}")
     parameters = inspect.signature(FAMILIES[family]).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.name != "channels"}
 

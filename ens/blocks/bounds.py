@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ens.space import suggest
+
 MAX_DEPTH = 256
 """Blocks of one stage: far above any published one, far below what would fill a memory."""
 MAX_PARAMETERS = 500_000_000
@@ -33,7 +35,8 @@ def check_options(owner: str, given: Mapping[str, Any], defaults: Mapping[str, A
     """
     for name, value in given.items():
         if name not in defaults:
-            raise ValueError(f"{owner} has no option {name!r}; allowed: {', '.join(defaults) or 'none'}")
+            raise ValueError(f"{owner} has no option {name!r}{suggest(name, defaults)}; allowed: "
+                             f"{', '.join(defaults) or 'none'}")
         wanted = _describe_mistake(value, defaults[name], _LARGEST_OF.get(name, _LARGEST))
         if wanted:
             raise ValueError(f"{owner}: option {name} is {wanted}, got {_shorten(value)}")

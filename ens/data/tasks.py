@@ -252,7 +252,8 @@ def create_task(name: str, options: Mapping[str, object] | None = None) -> Task:
         return create_own_task(name, options or {})
     base, *suffixes = name.split("_")
     if base not in TASKS:
-        raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)} "
+        hint = "".join(f" (did you mean {one}?)" for one in difflib.get_close_matches(base, TASKS, 1))
+        raise ValueError(f"no task {name!r}{hint}; there are {', '.join(TASKS)} "
                          "(with numbers: sr_x4, csr_x4_q10, jpeg_q10, denoise_s25), and functions of your own, "
                          "my_degradation:degrade with --import my_degradation.py")
     known = {field.name for field in fields(TASKS[base])}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ens.data.tasks import Task
+from ens.space import suggest
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ PROTOCOLS = {protocol.name: protocol for protocol in (
 def find_protocol(name: str, *, scale: int = 1) -> Protocol:
     """The protocol of that name; `sr-y` cuts `scale` pixels from each side. Raises ValueError naming the right ones."""
     if name not in PROTOCOLS:
-        raise ValueError(f"no protocol {name!r}; there are {', '.join(PROTOCOLS)}")
+        raise ValueError(f"no protocol {name!r}{suggest(name, PROTOCOLS)}; there are {', '.join(PROTOCOLS)}")
     return replace(PROTOCOLS[name], border_px=scale) if name == "sr-y" else PROTOCOLS[name]
 
 

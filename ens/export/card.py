@@ -21,6 +21,7 @@ from ens.export.formats import (
 )
 from ens.export.torch_export import Size
 from ens.networks.steps import Network
+from ens.space import suggest
 
 EXPORTS: dict[str, tuple[str, str]] = {
     "onnx": (".onnx", "ort"),
@@ -38,7 +39,7 @@ def list_targets(network: Network, names: Sequence[str],
     runtimes: dict[str, list[str]] = {}
     for name in names:
         if name not in EXPORTS:
-            raise ExportError(f"no format {name!r}; allowed: {', '.join(EXPORTS)}")
+            raise ExportError(f"no format {name!r}{suggest(name, EXPORTS)}; allowed: {', '.join(EXPORTS)}")
         suffix, runtime = EXPORTS[name]
         runtimes.setdefault(suffix, []).append(runtime)
     return [(suffix, found, check_size(network, suffix, size)) for suffix, found in runtimes.items()]

@@ -20,6 +20,7 @@ from ens.networks.steps import Network
 from ens.networks.uformer import Uformer
 from ens.networks.wrap import WrappedNetwork
 from ens.own_code import is_own, list_offers
+from ens.space import suggest
 
 NETWORKS: dict[str, type[Network]] = {
     "restormer": Restormer,
@@ -44,8 +45,8 @@ def create_network(name: str, **options: Any) -> Network:
     if is_own(name):
         return create_own(name, options)
     if name not in NETWORKS:
-        raise ValueError(f"network {name!r} is unknown; allowed: {', '.join(NETWORKS)}, and functions of your own, "
-                         f"my_network:build with --import my_network.py{list_offers()}")
+        raise ValueError(f"network {name!r} is unknown{suggest(name, NETWORKS)}; allowed: {', '.join(NETWORKS)}, and "
+                         f"functions of your own, my_network:build with --import my_network.py{list_offers()}")
     parameters = inspect.signature(NETWORKS[name]).parameters.values()
     check_options(f"network {name}", options, {parameter.name: parameter.default for parameter in parameters})
     network = check_size(f"network {name}", lambda: NETWORKS[name](**options))

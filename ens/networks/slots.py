@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ens.blocks import FAMILIES
 from ens.networks.steps import Network, SlotSpec, block_slots, check_depth, pair_slots
-from ens.space import Choice, SearchSpace, Slot
+from ens.space import Choice, SearchSpace, Slot, suggest
 
 GRANULARITIES = ("stage", "pair", "block")
 
@@ -30,12 +30,12 @@ def build_space(name: str, network: Network, *, granularity: str = "stage", choi
     offered = slots or {spec.name: choices for spec in {"stage": stages, "block": blocks, "pair": pairs}[granularity]}
     for slot in offered:
         if slot not in known:
-            raise ValueError(f"{name}: no slot {slot!r}; the network has {', '.join(known)}")
+            raise ValueError(f"{name}: no slot {slot!r}{suggest(slot, known)}; the network has {', '.join(known)}")
     families = (*FAMILIES, *sorted({spec.family for spec in stages} - set(FAMILIES)))
     for family in transformers:
         if family not in families:
-            raise ValueError(f"{name}: no block family {family!r} to price as a transformer; allowed: "
-                             f"{', '.join(families)}")
+            raise ValueError(f"{name}: no block family {family!r}{suggest(family, families)} to price as a "
+                             f"transformer; allowed: {', '.join(families)}")
     _check_apart(name, [known[slot] for slot in offered])
     place = {spec.module: index for index, spec in enumerate((*stages, *blocks))}
     order = {slot: (network.slot_step(slot), place[spec.module]) for slot, spec in known.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ens.objectives import format_value, label_value, mean_psnr_db, psnr_drop_db
 from ens.pareto.baseline import REPORT_KEYS, Tuned
@@ -12,6 +12,8 @@ from ens.space import Genotype, Measurement, SearchSpace, format_genotype
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from ens.pareto.archive import Archive
 
 MORE, WORSE, SAME = "▲", "▼", "≈"
 """Marks behind a value: more than the teacher, below the degraded input, not told apart from the next line."""
@@ -36,6 +38,30 @@ def front_table(front: Front, *, space: SearchSpace) -> pd.DataFrame:
             **{slot.name: choice.label
                for slot, choice in zip(space.slots, space.choices(member.genotype), strict=True)}})
     return pd.DataFrame(rows)
+
+
+def front_data(front: Front, *, archive: Archive) -> dict[str, Any]:
+    """A front as JSON values at full precision: its members, what they are compared with, and what was fine-tuned."""
+    space, baseline, every = archive.space, front.baseline, range(len(front.members))
+    measured = archive.measurements()
+    return {
+        "study": archive.manifest.get("study", space.name), "objectives": list(front.objectives),
+        "labels": {name: front.label(name) for name in front.objectives},
+        "knee": format_genotype(front.members[front.knee].genotype), "measured": len(measured),
+        "invalid": sum(not item.valid for item in measured), "teacher": dict(front.teacher),
+        "teacher_psnr_db": baseline and baseline.teacher_mean_db, "input_psnr_db": baseline and baseline.input_mean_db,
+        "members": [{
+            "genotype": format_genotype(member.genotype), "role": front.role(index), "values": dict(member.values),
+            "psnr_db": mean_psnr_db(member.psnr_db) if member.psnr_db else None,
+            "psnr_db_tuned": mean_psnr_db(member.psnr_db_tuned) if member.psnr_db_tuned else None,
+            "psnr_drop_db_tuned": tuned_drop_db(member, front), "below_input": front.below_input(index),
+            "above_teacher": list(front.above_teacher(index)), "same_as_next": front.same_as_next(index),
+            "choices": {slot.name: choice.label for slot, choice in
+                        zip(space.slots, space.choices(member.genotype), strict=True)}}
+            for index, member in zip(every, front.members, strict=True)],
+        "tuned": [{"genotype": format_genotype(genotype), "psnr_db": result.mean_db,
+                   "report_psnr_db": dict(result.report)} for genotype, result in archive.tuned.items()],
+        "notes": front_notes(front)}
 
 
 def tuned_drop_db(member: Measurement, front: Front) -> float | None:

@@ -13,7 +13,7 @@ from ens.search.exhaustive import ExhaustiveEngine
 from ens.search.nsga2 import Nsga2Engine
 from ens.search.random import RandomEngine
 from ens.search.tpe import TpeEngine
-from ens.space import Genotype, SearchSpace, Tally
+from ens.space import Genotype, SearchSpace, Tally, suggest
 
 
 class Engine(Protocol):
@@ -52,7 +52,8 @@ def create_engine(name: str, space: SearchSpace, *, seed: int, costs: Sequence[T
     measured. `reference` is the corner of the hypervolume. Engines that model what they measure do without both.
     """
     if name not in ENGINES:
-        raise ValueError(f"search engine {name!r} does not exist; choose from {', '.join(ENGINES)}")
+        raise ValueError(f"search engine {name!r} does not exist{suggest(name, ENGINES)}; choose from "
+                         f"{', '.join(ENGINES)}")
     if any(len(slot.open) < len(slot.choices) for slot in space.slots):
         kept = [slot.open for slot in space.slots]
         known = [tally and tally.keep(kept) for tally in costs]
