@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,18 +71,19 @@ def info(as_json: AsJson = False) -> None:
     import onnxruntime
     import torch
 
-    import ens
+    from ens.blocks import FAMILIES
     from ens.data.tasks import TASKS
     from ens.evaluate.protocols import PROTOCOLS
+    from ens.networks import NETWORKS
     from ens.ops.selective_scan import scan_backends
     from ens.search import ENGINES
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     names: dict[str, Iterable[str]] = {
-        "networks": ens.NETWORKS, "families": ens.FAMILIES, "tasks": TASKS, "protocols": PROTOCOLS,
+        "networks": NETWORKS, "families": FAMILIES, "tasks": TASKS, "protocols": PROTOCOLS,
         "engines": ENGINES, "objectives": OBJECTIVES}
     found: dict[str, str | list[str]] = {
-        "ens": ens.__version__, "python": sys.version.split()[0], "torch": torch.__version__,
+        "ens": version("ens"), "python": sys.version.split()[0], "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__, "threads": str(torch.get_num_threads()), "GPU": gpus,
         **{f"scan on {device}": path for device, path in scan_backends().items()},
         **{kind: list(known) for kind, known in names.items()}}
