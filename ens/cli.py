@@ -76,7 +76,8 @@ def run(study: given.Study, out: given.Out, pick: given.Pick = "knee", candidate
         teacher: given.Teacher = None, bounds: given.Bounds = None, require: given.Require = None,
         patience: given.Patience = None, fix: given.Fix = None, forbid: given.Forbid = None,
         storage: given.Storage = "", jobs: given.Jobs = 1, deterministic: given.Deterministic = False,
-        restart: given.Restart = False, changes: given.Set = None, code: given.Import = None) -> None:
+        ray: given.Ray = "", restart: given.Restart = False, changes: given.Set = None,
+        code: given.Import = None) -> None:
     """The whole road: train, distill, search, finetune, pareto, export; whatever of it is missing."""
     from ens import pipeline
     from ens.forecast import forecast
@@ -87,7 +88,9 @@ def run(study: given.Study, out: given.Out, pick: given.Pick = "knee", candidate
                              restart=restart)
         if ahead := forecast(folder):
             control.say(f"run: {ahead.describe()}")
-        model = pipeline.run_all(folder, control, pick=pick, jobs=jobs, deterministic=deterministic)
+        if ray:
+            pipeline.distill_spread(folder, control)
+        model = pipeline.run_all(folder, control, pick=pick, jobs=jobs, deterministic=deterministic, ray=bool(ray))
     print_front(folder, folder.front())
     print_tuned(folder, [parse_genotype(model.stem, folder.archive.space)])
     say(f"\nPage:     {out / 'report.html'}\nExported: {model}\nUse it:   "
@@ -107,13 +110,16 @@ def train(study: given.Study, out: given.Out, teacher: given.TaughtBy = None, te
 
 
 @app.command(epilog=given.show_examples("distill"))
-def distill(study: given.Study, out: given.Out, teacher: given.Teacher = None, restart: given.Restart = False,
-            changes: given.Set = None, code: given.Import = None) -> None:
+def distill(study: given.Study, out: given.Out, teacher: given.Teacher = None, ray: given.Ray = "",
+            restart: given.Restart = False, changes: given.Set = None, code: given.Import = None) -> None:
     """Align every surrogate of a study with its slot of the teacher."""
     from ens import pipeline
 
     with reporting() as control:
-        library = pipeline.distill(given.start(study, out, changes, teacher=teacher, restart=restart), control)
+        folder = given.start(study, out, changes, teacher=teacher, restart=restart, ray=ray)
+        if ray:
+            pipeline.distill_spread(folder, control)
+        library = pipeline.distill(folder, control)
     table = make_table(("slot", "choice"), ("alignment error", "parameters"))
     for item in library.surrogates.values():
         table.add_row(item.slot, item.choice, item.failed or f"{item.alignment_error:.3f}", f"{item.params:,}")

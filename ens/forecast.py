@@ -81,6 +81,11 @@ class Forecast:
     def seconds(self) -> float:
         return sum(cost.seconds for cost in self.costs)
 
+    def until(self, verb: str) -> Forecast:
+        """The same without what comes after a verb."""
+        verbs = [cost.verb for cost in self.costs]
+        return replace(self, costs=self.costs[:verbs.index(verb) + 1])
+
     def describe(self) -> str:
         """One line: time in all and of the verbs that take most of it, memory, disk, and what would take less."""
         parts = ", ".join(f"{cost.verb} {format_duration(cost.seconds)}" for cost in self.costs

@@ -71,6 +71,9 @@ Forbid = Annotated[list[str] | None, typer.Option("--forbid", metavar="FAMILY", 
 Jobs = Annotated[int, typer.Option(min=1, metavar="N", help=(
     "Processes that measure on this machine; more may join with the same --storage. Asynchronous: which genotypes are "
     "measured depends on who is faster."))]
+Ray = Annotated[str, typer.Option("--ray", metavar="ADDRESS", help=(
+    "Distil and measure on the Ray cluster at this address (auto, host:6379); its nodes need the run folder and what "
+    "its study names at the same paths."))]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help=(
     "Work in batches (search.batch_size) that all wait for: one seed measures the same with any number of workers."))]
 OwnNetwork = Annotated[str, typer.Option("--network", metavar="NETWORK", help=(
@@ -214,10 +217,16 @@ def load_named(name: str, changes: Sequence[str] | None = None, teacher: Path | 
 
 
 def start(study: str, out: Path, changes: Sequence[str] | None, *, teacher: Path | None = None, storage: str = "",
-          pick: str = "", restart: bool = False, wait_s: float = 0) -> RunFolder:
-    """Take a folder for a study, or go on where it ran before."""
+          pick: str = "", restart: bool = False, wait_s: float = 0, ray: str = "", jobs: int = 1) -> RunFolder:
+    """Take a folder for a study, or go on where it ran before; before that, join the cluster `ray`."""
     from ens.run_folder import RunFolder
 
+    if ray and jobs > 1:
+        raise ValueError("--jobs is for this machine, --ray for a cluster: give one of them")
+    if ray:
+        from ens.workers import join_cluster
+
+        join_cluster(ray)
     return RunFolder.start(load_named(study, changes, teacher), out, storage=storage, pick=pick, restart=restart,
                            wait_s=wait_s, say=complain)
 

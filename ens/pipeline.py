@@ -55,18 +55,23 @@ def train(run: RunFolder, control: Control = QUIET) -> None:
 def distill(run: RunFolder, control: Control = QUIET) -> Library:
     """Align every surrogate of the space with its slot of the teacher; returns the library."""
     train(run, control)
-    library, settings = run.library, run.study.distill
+    library = run.library
     if not run.missing_jobs:
         control.say(f"distill: skipped, all {len(run.jobs)} surrogates are in {library.root.name}")
         remove_state(run.distill_state)
         return library
-    complete = distill_library(
-        run.teacher, library, run.patches("distill"), run.jobs, steps=settings.steps, batch_size=settings.batch_size,
-        patch_px=settings.patch_px, lr=settings.lr, group_size=settings.group_size, seed=run.study.seed,
-        device=run.device, should_stop=control.should_stop,
-        on_progress=lambda done, total, error: control.progress("distill", done, total, f"error {error:.3f}"))
-    control.require(complete, "distill")
+    control.require(distill_library(
+        run.teacher, library, run.patches("distill"), run.jobs, seed=run.study.seed, device=run.device,
+        on_progress=lambda done, total, error: control.progress("distill", done, total, f"error {error:.3f}"),
+        should_stop=control.should_stop, **run.study.distill.model_dump(exclude={"dtype"})), "distill")
     return library
+
+
+def distill_spread(run: RunFolder, control: Control = QUIET) -> None:
+    """Have the Ray cluster that this process has joined distil; `distill` then finds all of it done."""
+    from ens.workers import distill_missing
+    train(run, control)
+    distill_missing(run, control)
 
 
 def profile(run: RunFolder, control: Control = QUIET, *, objective: str = "latency_ms",
@@ -76,10 +81,10 @@ def profile(run: RunFolder, control: Control = QUIET, *, objective: str = "laten
             for index, size in enumerate(sizes or (run.study.latency.size,))]
 
 
-def search(run: RunFolder, control: Control = QUIET, *, jobs: int = 1, deterministic: bool = False
-           ) -> list[Measurement]:
-    """Measure genotypes until the budget is spent, in `jobs` processes and together with all others that share the
-    archive; every one is in it at once. ValueError where all fail.
+def search(run: RunFolder, control: Control = QUIET, *, jobs: int = 1, deterministic: bool = False,
+           ray: bool = False) -> list[Measurement]:
+    """Measure genotypes until the budget is spent, in `jobs` processes or on the `ray` cluster, together with all
+    others that share the archive; every one is in it at once. ValueError where all fail.
     """
     distill(run, control)
     if run.is_untimed:
@@ -89,12 +94,8 @@ def search(run: RunFolder, control: Control = QUIET, *, jobs: int = 1, determini
     if run.is_searched:
         control.say(f"search: skipped, {len(run.archive.known())} genotypes are measured")
     else:
-        from ens.search.predictor import describe_fit  # brings pymoo, half a second
-        from ens.workers import measure
-
-        measure(run, control, jobs=jobs, deterministic=deterministic)
-        if fit := describe_fit(run.space.sizes, run.archive.measurements()):
-            control.say(f"search: {fit}")
+        from ens.workers import measure  # brings pymoo, half a second
+        measure(run, control, jobs=jobs, deterministic=deterministic, ray=ray)
     check_any_valid(run.archive.measurements())
     return run.archive.measurements()
 
@@ -103,7 +104,6 @@ def pareto(run: RunFolder, control: Control = QUIET, *, objectives: tuple[str, .
     """Write `front.csv`, `front.md`, `front.png` and `report.html`; `objectives` are the search's unless given."""
     from ens.evaluate.crops import draw_crops
     from ens.pareto.report import spread_members, telling_images, write_front
-
     front = run.front(objectives)
     shown = spread_members(front)
     crops = draw_crops(run.shown_networks(front, shown), run.validation, run.protocol, telling_images(front, shown))
@@ -177,9 +177,9 @@ def export(run: RunFolder, pick: str = "knee", control: Control = QUIET, *, form
 
 
 def run_all(run: RunFolder, control: Control = QUIET, *, pick: str = "knee", jobs: int = 1,
-            deterministic: bool = False) -> Path:
+            deterministic: bool = False, ray: bool = False) -> Path:
     """Whatever is still missing, in order: train, distill, search, finetune, pareto, export; returns the ONNX file."""
-    search(run, control, jobs=jobs, deterministic=deterministic)
+    search(run, control, jobs=jobs, deterministic=deterministic, ray=ray)
     genotype = finetune(run, pick, control)
     if run.is_drawn:
         control.say(f"pareto: skipped, {run.path / 'report.html'} shows this archive")
@@ -212,7 +212,6 @@ def evaluate(model: Path | str, data: str, task: Task, control: Control = QUIET,
 def inspect_erf(run: RunFolder, slot: str, target: Path) -> dict[str, dict[str, EnergyMap]]:
     """Draw the effective receptive field of a slot into the PNG `target`: choice -> state -> map, of four images."""
     from ens.evaluate.receptive_field import draw_receptive_fields, measure_slot
-
     images, downscale = run.validation.images[:4], run.skeleton.slot(slot).downscale
     maps = {choice: {state: measure_slot(network, slot, images, module=module)
                      for state, (network, module) in known.items()} for choice, known in run.slot_states(slot).items()}

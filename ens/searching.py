@@ -17,14 +17,21 @@ _JOIN_S = 24 * 3600
 def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, bounds: given.Bounds = None,
            require: given.Require = None, patience: given.Patience = None, fix: given.Fix = None,
            forbid: given.Forbid = None, storage: given.Storage = "", jobs: given.Jobs = 1,
-           deterministic: given.Deterministic = False, changes: given.Set = None, code: given.Import = None) -> None:
+           deterministic: given.Deterministic = False, ray: given.Ray = "", changes: given.Set = None,
+           code: given.Import = None) -> None:
     """Measure genotypes until the budget of unique evaluations is spent, with all who share the archive."""
     import ens.pipeline as pipeline
+    from ens.forecast import forecast
 
     with reporting() as control:
         asked = given.search_changes(changes, bounds, require, patience, fix, forbid)
-        folder = given.start(study, out, asked, teacher=teacher, storage=storage, wait_s=_JOIN_S)
-        measured = pipeline.search(folder, control, jobs=jobs, deterministic=deterministic)
+        folder = given.start(study, out, asked, teacher=teacher, storage=storage, wait_s=_JOIN_S, ray=ray,
+                             jobs=jobs)
+        if folder.study.search.engine == "exhaustive" and not folder.is_searched and (ahead := forecast(folder)):
+            control.say(f"search: {ahead.until('search').describe()}")
+        if ray:
+            pipeline.distill_spread(folder, control)
+        measured = pipeline.search(folder, control, jobs=jobs, deterministic=deterministic, ray=bool(ray))
     say(f"{len(measured)} genotypes are measured. Next: {given.spell('pareto', str(out))}")
 
 

@@ -48,6 +48,11 @@ def test_a_cost_is_the_seconds_of_its_pieces_times_their_number(tmp_path: Path) 
     assert twice["search"].seconds - teacher == pytest.approx(2 * (found["search"].seconds - teacher))
 
 
+def test_a_search_alone_costs_what_comes_until_it() -> None:
+    costs = tuple(Cost(verb, 60.0, "") for verb in ("distill", "search", "finetune"))
+    assert Forecast(costs, 0.0, 0.0).until("search") == Forecast(costs[:2], 0.0, 0.0)
+
+
 def test_what_is_there_already_costs_nothing(tmp_path: Path) -> None:
     found = costs(tmp_path, network={}, library="builtin:denoise_demo", choices=["conv×1"], granularity="stage")
     assert list(found) == ["search", "finetune", "export"]

@@ -102,7 +102,7 @@ def test_every_public_function_says_what_it_does() -> None:
 def test_every_package_that_is_imported_is_declared_and_every_declared_one_imported() -> None:
     declared = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = declared["optional-dependencies"]
-    optional = (package for extra in ("cuda", "executorch", "openvino") for package in extras[extra])
+    optional = (package for extra in ("cuda", "executorch", "openvino", "ray") for package in extras[extra])
     named = {re.split(r"[ ;<>=\[]", text)[0].lower() for text in (*declared["dependencies"], *optional)}
     names = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image",
              "onnx_ir": "onnx-ir", "mamba_ssm": "mamba-ssm"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,7 +26,7 @@ from ens.networks.schema import Entries, Options, Sha256, read_entries
 from ens.networks.steps import Network, SlotSpec, create_filling
 from ens.networks.weight_files import CheckpointError, read_safetensors
 from ens.own_code import OwnCodeError
-from ens.space import BUILTIN, Choice, SearchSpace
+from ens.space import BUILTIN, Choice, SearchSpace, parse_choice
 
 FORMAT = 1
 _SHIPPED = Path(__file__).resolve().parents[1] / "pretrained"
@@ -187,6 +188,16 @@ class Library:
                           sha256="" if failed else hash_weights(blocks))
         self.manifest.surrogates[entry.key] = entry
         self.write_manifest()
+
+    def absorb(self, part: Library) -> None:
+        """Take every surrogate of another library of the same teacher, and remove its folder."""
+        teacher = part.create_skeleton()
+        for entry in part.surrogates.values():
+            spec, choice = teacher.slot(entry.slot), parse_choice(entry.choice)
+            blocks = create_filling(spec, choice) if entry.failed else part.load_surrogate(spec, choice)
+            self.store(spec, choice, blocks, alignment_error=entry.alignment_error, steps=entry.steps,
+                       failed=entry.failed)
+        shutil.rmtree(part.root)
 
     def store_verdicts(self, verdicts: Mapping[str, Mapping[str, EdgeVerdict]]) -> None:
         """Keep verdicts on kinds of blocks in the manifest; of a library that ships nothing is written."""
