@@ -154,10 +154,12 @@ class _Pilot:
         return Forecast(tuple(costs), self.peak_bytes + _resident_bytes() + self._images_bytes(), disk)
 
     def _time(self, work: Callable[[int], object], count: float) -> float:
-        """Seconds of `work(count)`: of as many as the budget allows, after a first of one."""
+        """Seconds of `work(count)`: of as many as the budget allows, after a first of one, which is slower."""
         spent = self._clock(work, 1)
-        number = int(min(count, _BUDGET_S / max(spent, 1e-6)))
-        return (self._clock(work, number) / number if number else spent) * count
+        if spent < 2 * _BUDGET_S:
+            number = max(1, int(min(count, _BUDGET_S / max(spent, 1e-6))))
+            spent = min(spent, self._clock(work, number) / number)
+        return spent * count
 
     def _clock(self, work: Callable[[int], object], number: int) -> float:
         began = self.clock()
