@@ -83,16 +83,15 @@ class Forecast:
 
     def until(self, verb: str) -> Forecast:
         """The same without what comes after a verb."""
-        verbs = [cost.verb for cost in self.costs]
-        return replace(self, costs=self.costs[:verbs.index(verb) + 1])
+        return replace(self, costs=self.costs[:[cost.verb for cost in self.costs].index(verb) + 1])
 
     def describe(self) -> str:
         """One line: time in all and of the verbs that take most of it, memory, disk, and what would take less."""
         parts = ", ".join(f"{cost.verb} {format_duration(cost.seconds)}" for cost in self.costs
                           if cost.seconds >= 0.03 * self.seconds)
-        return (f"about {format_duration(self.seconds)} on this machine{_describe_load()} ({parts}), "
-                f"{self.memory_bytes / 2**30:.1f} GiB of memory, {self.disk_bytes / 2**30:.1f} GiB of disk"
-                f"{self.suggest()}")
+        memory, disk = (f"{size / 2**30:.1f} GiB" for size in (self.memory_bytes, self.disk_bytes))
+        return (f"about {format_duration(self.seconds)} on this machine{_describe_load()} ({parts}), {memory} of memory, "
+                f"{disk} of disk{self.suggest()}")
 
     def suggest(self) -> str:
         """What makes a long study shorter, as the end of a sentence; nothing where it is short."""
@@ -124,8 +123,7 @@ class _Pilot:
         own = run.teacher if run.has_library else run.source if self.has_teacher else run.create_network()
         self.device, self.bf16 = run.device, gains_from_bf16(run.device)
         self.network = copy.deepcopy(own).to(self.device).eval()
-        self.rng = np.random.default_rng(0)
-        self.peak_bytes = 0.0
+        self.rng, self.peak_bytes = np.random.default_rng(0), 0.0
 
     def forecast(self, *, candidates: int) -> Forecast:
         study, costs = self.run.study, []
