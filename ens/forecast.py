@@ -90,8 +90,8 @@ class Forecast:
         parts = ", ".join(f"{cost.verb} {format_duration(cost.seconds)}" for cost in self.costs
                           if cost.seconds >= 0.03 * self.seconds)
         memory, disk = (f"{size / 2**30:.1f} GiB" for size in (self.memory_bytes, self.disk_bytes))
-        return (f"about {format_duration(self.seconds)} on this machine{_describe_load()} ({parts}), {memory} of memory, "
-                f"{disk} of disk{self.suggest()}")
+        return (f"about {format_duration(self.seconds)} on this machine{_describe_load()} ({parts}), {memory} of "
+                f"memory, {disk} of disk{self.suggest()}")
 
     def suggest(self) -> str:
         """What makes a long study shorter, as the end of a sentence; nothing where it is short."""
