@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ens.networks import create_network as create_network
     from ens.networks.checkpoints import load_checkpoint as load_checkpoint
     from ens.networks.wrap import wrap_network as wrap_network
+    from ens.opened_run import open_run as open_run
     from ens.pareto.archive import read_archive as read_archive
     from ens.pareto.selection import select_front as select_front
     from ens.runtime.session import open_session as open_session
@@ -43,6 +45,7 @@ _MODULES = {
     "load_validation_set": "ens.data.pairs",
     "open_library": "ens.distill.library",
     "open_network": "ens.export.hybrid",
+    "open_run": "ens.opened_run",
     "open_session": "ens.runtime.session",
     "parse_choice": "ens.space",
     "read_archive": "ens.pareto.archive",
@@ -55,6 +58,8 @@ __all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
+    if name not in _MODULES and not name.startswith("_") and importlib.util.find_spec(f"ens.{name}"):
+        return importlib.import_module(f"ens.{name}")  # ens.ops, ens.blocks …
     if name not in _MODULES:
         raise AttributeError(f"ens has no public name {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(_MODULES[name]), name)

@@ -185,12 +185,12 @@ class StudyConfig(_Section):
 
 
 def load_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> StudyConfig:
-    """Read a study; relative folders in it are relative to the file.
+    """Read a study, a file or the name of a shipped one; relative folders in it are relative to the file.
 
     `overrides` replace keys of the file, sections key by key. Raises ConfigError with the file, the key and what is
     allowed.
     """
-    path = Path(path)
+    path = find_study(str(path))
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold keys and values, for instance `name: my_study`")

@@ -5,6 +5,7 @@ Results go to standard output; progress, remarks and errors to standard error.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -101,7 +102,7 @@ def reporting() -> Iterator[Control]:
     with Progress(TextColumn("{task.description:>8}"), BarColumn(24), MofNCompleteColumn(),
                   TimeRemainingColumn(compact=True, elapsed_when_finished=True),
                   TextColumn("{task.fields[note]}", markup=False),
-                  console=_err, disable=quiet or not _err.is_terminal) as progress:
+                  console=_err, disable=quiet or not _shows_bars()) as progress:
 
         def report(verb: str, done: int, total: int, note: str) -> None:
             note = printable(note)
@@ -123,6 +124,11 @@ def reporting() -> Iterator[Control]:
             yield Control(report, say, stop.is_set)
         except Interrupted:
             raise StopNow from None
+
+
+def _shows_bars() -> bool:
+    """Whether bars can be drawn: on a terminal, and in a notebook that has widgets for what changes."""
+    return _err.is_terminal or (_err.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
 
 
 def make_table(words: Sequence[str], numbers: Sequence[str]) -> Table:

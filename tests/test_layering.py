@@ -11,8 +11,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "ens"
 ORDER = ("space", "objectives", "atomic", "shortage", "own_code", "ops", "blocks", "networks", "data", "distill",
          "evaluate", "search", "pareto", "export", "runtime", "yaml_values", "config", "draft", "opened_study",
-         "run_folder", "companions", "forecast", "workers", "pipeline", "console", "options", "listing", "timings",
-         "starting", "searching", "cli")
+         "run_folder", "companions", "forecast", "workers", "pipeline", "console", "opened_run", "options", "listing",
+         "timings", "starting", "searching", "cli")
 ISLANDS = {"space": set(), "objectives": {"space"}, "atomic": set(), "shortage": set(), "ops": {"ops"},
            "data": {"data", "atomic", "own_code"}, "search": {"search", "space", "objectives", "atomic"},
            "pareto": {"pareto", "space", "objectives", "atomic", "shortage"}}

@@ -29,13 +29,28 @@ def environment() -> dict[str, str]:
 
 
 def test_python_example_prints_a_hybrid_near_its_teacher(tmp_path: Path) -> None:
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     (tmp_path / "example.py").write_text(code, encoding="utf-8")  # a file: an argument is in the locale's encoding
     done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment(), capture_output=True,
                           encoding="utf-8", errors="replace")
     assert done.returncode == 0, done.stderr
     teacher, hybrid = (float(number) for number in re.findall(r"([\d.]+) dB", done.stdout))
     assert 28 < hybrid < teacher + 0.1
+
+
+@pytest.mark.slow
+def test_the_whole_road_in_python_exports_a_file_and_is_skipped_when_it_is_done(tmp_path: Path) -> None:
+    code = blocks("python")[1]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    (tmp_path / "example.py").write_text(code + "print(len(front.measured))", encoding="utf-8")
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment(), capture_output=True,
+                              encoding="utf-8", errors="replace")
+        assert done.returncode == 0, done.stderr
+        *_, said, count = done.stdout.strip().splitlines()
+        assert count == "8" and "multiply-adds at 256×256" in said
+        assert len([*tmp_path.glob("runs/python/export/*.onnx")]) == 1
+    assert "skipped, 8 genotypes are measured" in done.stderr
 
 
 @pytest.mark.slow

@@ -34,6 +34,11 @@ def test_every_public_name_resolves_without_the_optional_packages() -> None:
     assert int(run_python(code)) == len(ens.__all__)
 
 
+def test_folders_are_attributes_and_load_when_they_are_used() -> None:
+    run_python("import sys, ens; assert 'torch' not in sys.modules\n"
+               "ens.ops, ens.blocks.FAMILIES, ens.pipeline.search, ens.space.Genotype")
+
+
 def test_unknown_names_are_refused_with_the_right_ones() -> None:
     with pytest.raises(AttributeError, match="create_network"):
         ens.create_netwrok  # noqa: B018
