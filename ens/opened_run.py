@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ens import pipeline
+import ens.pipeline as pipeline
 from ens.config import StudyConfig
 from ens.console import reporting
 from ens.own_code import import_code
