@@ -73,7 +73,8 @@ def test_prices_of_a_space_come_from_its_options(network: Network) -> None:
 def test_words_there_are_not_are_refused_with_those_there_are(network: Network) -> None:
     with pytest.raises(ValueError, match="'blok'; allowed: stage, pair, block"):
         build_space("s", network, granularity="blok")
-    with pytest.raises(ValueError, match=r"'restorer' \(did you mean restormer\?\) to price as a transformer; allowed: restormer, mambair"):
+    with pytest.raises(ValueError, match=(r"'restorer' \(did you mean restormer\?\) "
+            r"to price as a transformer; allowed: restormer, mambair")):
         build_space("s", network, transformers=["restorer"])
     with pytest.raises(ValueError, match="no slot 'middle'; the network has encoder_level1"):
         build_space("s", network, slots={"middle": CONV})
