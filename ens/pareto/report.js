@@ -222,11 +222,12 @@ function drawShape(item) {
   picture.append(svg("polyline", {class: "thread", points: levels.map((_, index) => `${x(index)},${y(index)}`).join(" ")}));
   item.genotype.split("-").forEach((choice, index) => {
     const slot = state.slots[index], {label, fill, ink} = slot.choices[choice], [family, rest] = label.split("×");
-    const size = Math.min(12, 1.65 * (width - 4) / family.length);
+    const fit = Math.floor(1.65 * (width - 4) / 8), name = family.length > fit ? family.slice(0, fit - 1) + "…" : family;
+    const size = Math.min(12, 1.65 * (width - 4) / name.length);
     const group = svg("g", {}, svg("title", {}, `${slot.name}: ${label}`),
       svg("rect", {x: x(index) - width / 2, y: y(index) - height / 2, width, height, rx: 4, fill}));
-    if (size >= 8) {
-      group.append(svg("text", {x: x(index), y: y(index) - 2, "text-anchor": "middle", "font-size": size, fill: ink}, family),
+    if (fit >= 4) {
+      group.append(svg("text", {x: x(index), y: y(index) - 2, "text-anchor": "middle", "font-size": size, fill: ink}, name),
         svg("text", {x: x(index), y: y(index) + 12, "text-anchor": "middle", "font-size": Math.min(11, size), fill: ink}, "×" + rest.split("(")[0]));
     }
     picture.append(group);
