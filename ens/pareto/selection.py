@@ -27,7 +27,7 @@ from ens.pareto.front import cheapest_within, knee, nearest, non_dominated
 from ens.space import Genotype, Measurement, SearchSpace, format_genotype, parse_genotype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Front:
     """The non-dominated ones of the valid measurements `measured`, first objective rising; `knee` and `nearest` are
     indices into `members`. `teacher` holds the teacher's own values by objective name, as far as they are known,
@@ -42,6 +42,10 @@ class Front:
     teacher: Mapping[str, float]
     measured: tuple[Measurement, ...]
     meters: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        knee = format_genotype(self.members[self.knee].genotype)
+        return f"<Front of {self.caption}: {len(self.members)} of {len(self.measured)} valid ones, knee {knee}>"
 
     @property
     def values(self) -> np.ndarray:
