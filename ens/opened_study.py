@@ -265,8 +265,9 @@ class OpenedStudy:
     @property
     def restricted(self) -> SearchSpace:
         """The space without the choices that the study fixes and forbids; ConfigError where that is empty."""
+        space = self.space  # outside: what is wrong with a network is no fault of these bounds
         try:
-            return self.space.restrict(fix=self.study.search.fix, forbid=self.study.search.forbid)
+            return space.restrict(fix=self.study.search.fix, forbid=self.study.search.forbid)
         except ValueError as error:
             raise ConfigError(f"{self.study.name}: {error}") from None
 

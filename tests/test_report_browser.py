@@ -47,9 +47,15 @@ class Browser:
         target = next(one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page")
         session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
         self._session = {"sessionId": session}
+        self._url = page.as_uri()
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Page.navigate", url=page.as_uri())
+        self.open()
+
+    def open(self) -> None:
+        """The page as it is at first, whatever was done to it before."""
+        self.events.clear()
+        self.call("Page.navigate", url=self._url)
         while not self.saw("Page.loadEventFired"):
             self.events.append(self._read())
 
@@ -100,6 +106,8 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        # Observers of sizes are called before the next frame is painted, which takes a while on a busy machine.
+        self.ask("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def close(self) -> None:
         self.call("Browser.close")
@@ -108,9 +116,15 @@ class Browser:
             os.close(end)
 
 
+@pytest.fixture
+def opened(page: tuple[Front, Browser]) -> tuple[Front, Browser]:
+    """A front whose knee is fine-tuned, and its page in a browser, as it is when it is opened."""
+    page[1].open()
+    return page
+
+
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Front, Browser]]:
-    """A front whose knee is fine-tuned, and its page in a browser."""
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Front, Browser]]:
     rng = np.random.default_rng(0)
     genotypes = sorted({(0,) * len(SLOTS), *(SPACE.sample(rng) for _ in range(30))})
     measured = [Measurement(item, {"psnr_drop_db": 0.1 * sum(item), "macs": 2e9 / (1 + sum(map(bool, item))),
