@@ -297,12 +297,13 @@ def shipped_spaces() -> list[Path]:
 
 def find_study(name: str) -> Path:
     """A file, or the name of a shipped study (`demo`, `search_spaces/demo.yaml`); raises ConfigError listing those."""
-    if Path(name).is_file():
-        return Path(name)
-    shipped = {path.stem: path for path in shipped_spaces()}
-    given = Path(name)
+    given, shipped = Path(name), {path.stem: path for path in shipped_spaces()}
+    if given.is_file():
+        return given
     if given.parent in (Path(), Path("search_spaces")) and given.suffix in ("", ".yaml") and given.stem in shipped:
         return shipped[given.stem]
+    if given.exists():
+        return given  # a folder or a pipe: whoever reads it says so
     raise ConfigError(f"there is no study {name}{suggest(name, shipped)}; give a YAML file or one of "
                       f"{', '.join(shipped)}")
 

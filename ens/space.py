@@ -47,7 +47,7 @@ class Choice:
 def suggest(name: object, known: Iterable[str]) -> str:
     """` (did you mean …?)` for a name that is not among the known ones but near to one, else ""."""
     near = difflib.get_close_matches(str(name), list(known), 1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return f" (did you mean {near[0]}?)" if near and near[0] != name else ""
 
 
 def parse_choice(text: str) -> Choice:
@@ -210,7 +210,7 @@ class SearchSpace:
         families = {choice.family for slot in self.slots for choice in slot.choices}
         for kind, given, known in (("slot", wanted, {slot.name for slot in self.slots}), ("family", forbid, families)):
             if unknown := [name for name in given if name not in known]:
-                raise ValueError(f"{self.name} searches no {kind} {unknown[0]!r}{suggest(unknown[0], known)}; it has "
+                raise ValueError(f"this space searches no {kind} {unknown[0]!r}{suggest(unknown[0], known)}; it has "
                                  f"{', '.join(sorted(known))}")
         slots = []
         for slot in self.slots:

@@ -98,7 +98,7 @@ def test_numbers_such_as_1e_3_are_numbers(tmp_path: Path) -> None:
 
 
 def test_missing_files_keys_and_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no study file"):
+    with pytest.raises(ConfigError, match="there is no study"):
         load_study(tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match="key task is missing"):
         load_study(write(tmp_path, "choices: [vssd×1]"))

@@ -26,18 +26,18 @@ OWN = {"network": {"name": "restormer", "dim": 8, "num_blocks": [1, 1, 1, 1], "n
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"search": {"engine": "nsga3"}}, "engine 'nsga3' does not exist; choose from .*ehvi"),
+    ({"search": {"engine": "nsga3"}}, "engine 'nsga3' does not exist .did you mean nsga2\\?.; choose from .*ehvi"),
     ({"search": {"objectives": ["psnr", "macs"]}}, "objective 'psnr' does not exist; choose from psnr_drop_db"),
     ({"search": {"objectives": ["macs"]}}, "two or three different objectives, got macs"),
     ({"search": {"max": {"macs": 1.0}}}, r"no genotype has macs of at most 1; the least there is, is [\d.]+ G"),
     ({"search": {"max": {"peak_bytes": 1e6}}}, r"peak_bytes of at most 1.00 MB; the least there is, is [\d.]+ MB"),
     ({"search": {"max": {"flops": 1.0}}}, "objective 'flops' does not exist"),
-    ({"task": {"name": "denoize"}}, "no task 'denoize'; there are denoise"),
+    ({"task": {"name": "denoize"}}, "no task 'denoize' .did you mean denoise\\?.; there are denoise"),
     ({"task": {"sigma": 25}}, "the nearest is 'sigma_255'"),
-    ({"slots": {"latent": ["mambaire×1"]}}, "no block family 'mambaire'; allowed: restormer"),
-    ({"slots": {"latent": ["mambair×1(stat=3)"]}}, "no option 'stat'; allowed: state"),
-    ({"choices": [], "slots": {"latnet": ["vssd×1"]}}, "no slot 'latnet'; the network has encoder_level1"),
-    ({"teacher": "", "library": "", "network": {"name": "restromer"}}, "'restromer' is unknown; allowed: restormer"),
+    ({"slots": {"latent": ["mambaire×1"]}}, "no block family 'mambaire' .did you mean mambair\\?.; allowed: restormer"),
+    ({"slots": {"latent": ["mambair×1(stat=3)"]}}, "no option 'stat' .did you mean state\\?.; allowed: state"),
+    ({"choices": [], "slots": {"latnet": ["vssd×1"]}}, "no slot .latnet. .did you mean latent\\?.; the network has"),
+    ({"teacher": "", "library": "", "network": {"name": "restromer"}}, "did you mean restormer\\?.; allowed"),
     ({"teacher": "nowhere.pth"}, "nowhere.pth: does not exist"),
     ({"data": {"validation": "nowhere"}}, "nowhere is not a folder"),
     ({"data": {"report": "nowhere"}}, "nowhere is not a folder"),
@@ -171,7 +171,7 @@ def test_fixed_slots_and_forbidden_families_hold_for_search_and_front_and_may_ch
     assert len(added) == 4, "engines go on with what was measured before"
     for replaced in [*added, *(run.space.replaced(member.genotype) for member in run.front().members)]:
         assert replaced["latent"].label == label and "vssd" not in {choice.family for choice in replaced.values()}
-    with pytest.raises(ConfigError, match="searches no slot 'latnet'; it has decoder_level1"):
+    with pytest.raises(ConfigError, match=r"searches no slot 'latnet' .did you mean latent\?.; it has decoder_level1"):
         RunFolder.start(load_study(demo, {**few, "search": {**limits, "fix": {"latnet": label}}}), tmp_path / "other")
 
 
