@@ -34,13 +34,13 @@ network: {name: restormer, dim: 8, num_blocks: [1, 1, 1, 1], num_refinement_bloc
 slots: {encoder_level1: [conv×1, vssd×1], latent: [conv×1, vssd×1], decoder_level1: [conv×1, vssd×1],
         refinement: [conv×1]}
 data: {train: "builtin:train-photos", validation: "builtin:validation-photos", crop_px: 64, limit: 2}
-train: {steps: 250, lr: 3e-3, phases: [[0, 16, 2]]}
-distill: {steps: 120, batch_size: 2, patch_px: 16, group_size: 4}
-search: {engine: nsga2, objectives: [psnr_drop_db, macs], budget: 40, batch_size: 4}
-finetune: {steps: 250, phases: [[0, 16, 2]], taught_weight: 0.5}
+train: {steps: 150, lr: 3e-3, phases: [[0, 16, 2]]}
+distill: {steps: 80, batch_size: 2, patch_px: 16, group_size: 4}
+search: {engine: nsga2, objectives: [psnr_drop_db, macs], budget: 24, batch_size: 4}
+finetune: {steps: 150, phases: [[0, 16, 2]], taught_weight: 0.5}
 threads: 1
 """
-BUDGET = 40
+BUDGET = 24
 VERBS = {
     "train": ["train", "{study}", "--out", "{run}"], "distill": ["distill", "{study}", "--out", "{run}"],
     "search": ["search", "{study}", "--out", "{run}"], "finetune": ["finetune", "{run}"], "pareto": ["pareto", "{run}"],

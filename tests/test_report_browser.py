@@ -50,9 +50,9 @@ class Browser:
         self._url = page.as_uri()
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.open()
+        self.load()
 
-    def open(self) -> None:
+    def load(self) -> None:
         """The page as it is at first, whatever was done to it before."""
         self.events.clear()
         self.call("Page.navigate", url=self._url)
@@ -119,7 +119,7 @@ class Browser:
 @pytest.fixture
 def opened(page: tuple[Front, Browser]) -> tuple[Front, Browser]:
     """A front whose knee is fine-tuned, and its page in a browser, as it is when it is opened."""
-    page[1].open()
+    page[1].load()
     return page
 
 
