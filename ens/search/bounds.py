@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,8 +52,8 @@ class BoundedSpace(SearchSpace):
         bounds = tuple(bound.renumber([slot.open for slot in self.slots]) for bound in self.bounds)
         return replace(self, slots=super().without_closed().slots, bounds=bounds)
 
-    @property
-    def num_genotypes(self) -> int:
+    @functools.cached_property
+    def num_genotypes(self) -> int:  # engines ask every time, and counting takes seconds
         """How many there are, counted up to 4,096; of a larger space, all without bounds."""
         counted = sum(1 for _ in itertools.islice(self.enumerate(), _MOST_COUNTED + 1))
         return counted if counted <= _MOST_COUNTED else super().num_genotypes
