@@ -29,10 +29,8 @@ from ens.pareto.archive import read_archive
 
 STUDY = """
 task: {name: denoise, sigma_255: 25}
-network: {name: restormer, dim: 8, num_blocks: [1, 1, 1, 1], num_refinement_blocks: 1, heads: [1, 1, 1, 1],
-          layer_norm: BiasFree}
-slots: {encoder_level1: [conv×1, vssd×1], latent: [conv×1, vssd×1], decoder_level1: [conv×1, vssd×1],
-        refinement: [conv×1]}
+network: {name: plksr, dim: 8, n_blocks: 3, kernel_size: 5, upscaling_factor: 1}
+choices: [conv×1, rep×1]
 data: {train: "builtin:train-photos", validation: "builtin:validation-photos", crop_px: 64, limit: 2}
 train: {steps: 150, lr: 3e-3, phases: [[0, 16, 2]]}
 distill: {steps: 80, batch_size: 2, patch_px: 16, group_size: 4}

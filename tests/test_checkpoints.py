@@ -297,6 +297,16 @@ def test_safetensors_under_another_name_open(tmp_path: Path, suffix: str) -> Non
     assert hash_weights(load_checkpoint(tmp_path / f"bare{suffix}")) == hash_weights(network)
 
 
+def test_safetensors_open_whatever_the_length_of_their_header(tmp_path: Path) -> None:
+    """It comes first in the file, and one length in 32 begins with the byte that pickles begin with."""
+    begins, network, path = set(), small(), tmp_path / "any.safetensors"
+    for length in range(0, 264, 8):
+        safetensors.torch.save_file(network.state_dict(), path, {"note": "x" * length})
+        begins.add(path.read_bytes()[0])
+        assert hash_weights(load_checkpoint(path)) == hash_weights(network)
+    assert 0x80 in begins
+
+
 @pytest.mark.parametrize("new", [True, False])
 def test_a_pickle_named_safetensors_opens(tmp_path: Path, new: bool) -> None:
     network = small()

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
+_LONGEST_HEADER = 100_000_000
+"""Bytes; what the safetensors format allows."""
 Read = TypeVar("Read")
 
 
@@ -55,12 +57,16 @@ def reject_impostors(path: Path) -> None:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By the first bytes, since people rename; by the suffix where these say nothing."""
+    """By the first bytes, since people rename; by the suffix where these say nothing.
+
+    They are the length of a header that opens with a brace. One length in 32 begins like a pickle, but no pickle is the
+    number of a length that is allowed.
+    """
     with path.open("rb") as file:
         head = file.read(9)
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        return False
-    return head[8:] == b"{" or path.suffix.lower() == ".safetensors"
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= _LONGEST_HEADER:
+        return True
+    return path.suffix.lower() == ".safetensors" and not head.startswith((b"PK\x03\x04", b"\x80"))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
