@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,8 +12,6 @@ from ens.blocks import FAMILIES, create_stack, family_options
 from ens.blocks.norm import ChannelNorm, MapNorm
 from ens.blocks.rep import RepConv, fold_blocks
 from ens.blocks.restormer import unit_rows
-
-EXPORTED = ("restormer", "vssd", "ssd", "conv", "half", "rep", "mambair")
 
 
 def make_stack(family: str, channels: int = 32, depth: int = 1) -> nn.Sequential:
@@ -133,23 +129,6 @@ def test_a_size_that_nobody_can_mean_is_refused_before_it_is_built(
         family: str, depth: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_stack(family, 512, depth, options=options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", EXPORTED)
-def test_block_exports_with_dynamic_height_and_width(family: str, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    stack = make_stack(family).eval()
-    free = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    program = torch.onnx.export(stack, (image(12, 20)[:1],), dynamo=True, dynamic_shapes=(free,))
-    assert program is not None
-    program.save(tmp_path / "block.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "block.onnx")
-    for size in [(1, 1), (7, 5), (33, 70)]:
-        x = image(*size)[:1]
-        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        truth = stack(x).detach().numpy()
-        assert np.linalg.norm(y - truth) < 1e-4 * np.linalg.norm(truth)
 
 
 def flat_map(kind: str, side: int = 16) -> Tensor:

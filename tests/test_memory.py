@@ -78,8 +78,7 @@ def test_tiles_of_24_megapixels_need_three_times_the_samples_and_one_row(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
-@pytest.mark.parametrize("tile", [None, 512])
+@pytest.mark.parametrize(("suffix", "tile"), [(".onnx", None), (".safetensors", 512)])
 def test_a_folder_with_24_megapixels_of_16_bits_is_restored_under_three_gigabytes(
         tmp_path: Path, suffix: str, tile: int | None) -> None:
     """`ulimit -v 3000000`, network 8 channels wide; in one piece first, which is too much, or in tiles at once."""
