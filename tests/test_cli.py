@@ -311,3 +311,23 @@ def test_files_are_timed_in_turn_and_printed_as_json(run_cli: Callable[..., int]
     assert [row["file"] for row in found["sizes"]["8x24"]] == list(files)
     for size in ("12x", "0", "a", "-8", "8x8x8", ""):
         assert run_cli("bench", *files, "--size", size) == 1 and "--size takes sides in px" in capsys.readouterr().err
+
+
+def test_what_is_printed_as_json_is_what_the_table_says(run_cli: Callable[..., int],
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    images = ("evaluate", "--checkpoint", "builtin:denoise_demo", "--data", "builtin:photos", "--task", "denoise_s25",
+              "--crop", "64")
+    assert run_cli(*images) == 0
+    table = capsys.readouterr().out
+    assert run_cli(*images, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    for result in found["protocols"]:
+        psnrs = [image["psnr_db"] for image in result["images"]]
+        assert len(psnrs) > 2 and result["psnr_db"] == pytest.approx(sum(psnrs) / len(psnrs))
+        assert all(f"{psnr:.2f}" in table for psnr in psnrs)
+        assert f"{result['psnr_db']:.2f} dB (input {result['input_psnr_db']:.2f} dB" in table
+    assert run_cli("info", "--json") == 0
+    assert {"restormer", "dat"} <= set(json.loads(capsys.readouterr().out)["networks"])
+    assert run_cli("spaces", "demo", "--json") == 0
+    (space,) = json.loads(capsys.readouterr().out)
+    assert space["slots"] == 8 and space["genotypes"] > 1
