@@ -28,6 +28,7 @@ from ens.data.folders import find_pairs
 from ens.data.sizes import read_size
 from ens.distill.fit import gains_from_bf16
 from ens.distill.losses import relative_error
+from ens.evaluate.memory import build_peak_tally
 from ens.evaluate.metrics import score_psnr_db
 from ens.networks.steps import Network, RowNetwork, SlotSpec, create_filling, pad_to_multiple
 from ens.run_folder import RunFolder
@@ -43,6 +44,8 @@ _FASTER = 1.5
 _WRITE_S, _SHARED = 2.5, 0.6
 """Seconds that a slot's file takes where none is to be timed, and what a whole network takes of the sum of its slots:
 blocks that are alike are traced once."""
+_HELD = 2
+"""What a runtime holds of a whole network that it has run, in units of its peak: 1.3 to 3.2 times, measured."""
 _CHECKS = 3
 """Times that an exported network is run or written anew while it is checked, in units of writing it."""
 _LONG_S, _SHORTER = 12 * 3600.0, 10
@@ -311,11 +314,14 @@ class _Pilot:
         plan = plan_profile(run.skeleton, run.space, height=settings.size[0], width=settings.size[1],
                             checks=settings.checks, seed=run.study.seed)
         files = plan.files(settings.runtime)
-        hybrids = len(plan.groups[0])
+        hybrids = len(plan.groups[0])  # which take turns, so all are open together
+        alone = replace(run.space, slots=tuple(replace(slot, choices=slot.choices[:1]) for slot in run.space.slots))
+        peak = build_peak_tally(run.skeleton, alone, height=settings.size[0], width=settings.size[1]).value(alone.teacher)
+        self.peak_bytes = max(self.peak_bytes, _HELD * hybrids * peak)
         write = hybrids * whole + (len(files) - hybrids) * slot_s
-        mean_px = sum(image.degraded[0].numel() for image in run.validation.images[:4]) / len(
-            run.validation.images[:4])
-        one = image_s[1] / _FASTER * math.prod(settings.size) / mean_px
+        looked = run.validation.images[:4]
+        one = image_s[1] / _FASTER * math.prod(settings.size) * len(looked) / sum(
+            image.degraded[0].numel() for image in looked)
         timed = settings.passes * (settings.repeats + 1) * one * (hybrids + sum(
             len(group) for group in plan.groups[1:]) / len(run.space.slots))
         return Cost("profile", write + timed, f"{len(files)} files to write, then {settings.passes} passes over them")

@@ -48,6 +48,19 @@ def test_a_cost_is_the_seconds_of_its_pieces_times_their_number(tmp_path: Path) 
     assert twice["search"].seconds - teacher == pytest.approx(2 * (found["search"].seconds - teacher))
 
 
+def test_networks_that_are_timed_together_are_held_together(tmp_path: Path) -> None:
+    def held(side: int, checks: int) -> float:
+        study = build_study({**STUDY, "search": {"objectives": ["psnr_drop_db", "latency_ms"], "budget": 20},
+                             "latency": {"size": [side, side], "checks": checks}}, folder=tmp_path)
+        found = forecast(RunFolder(tmp_path, study), clock=itertools.count().__next__)
+        assert found is not None
+        return found.memory_bytes
+
+    # 1 + 4 + 1 whole networks of at least the widest map in four copies; of 16 + 4, four times as many.
+    few, many = held(512, 4), held(512, 16)
+    assert few > held(64, 4) + 6 * 4 * (4 * 8 * 512**2) / 2 and many - few > 2 * 8 * 4 * (4 * 8 * 512**2) / 2
+
+
 def test_a_search_alone_costs_what_comes_until_it() -> None:
     costs = tuple(Cost(verb, 60.0, "") for verb in ("distill", "search", "finetune"))
     assert Forecast(costs, 0.0, 0.0).until("search") == Forecast(costs[:2], 0.0, 0.0)

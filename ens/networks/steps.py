@@ -114,9 +114,10 @@ class Network(nn.Module):
         """Stage, block or pair of blocks by name; raises KeyError listing the names. Blocks of a stage are
         `stage.index`, pairs of them `stage.0-1`.
         """
-        for spec in (*self.slots, *block_slots(self.slots), *pair_slots(self.slots)):
-            if spec.name == name:
-                return spec
+        for list_slots in (iter, block_slots, pair_slots):  # one after the other: making them takes longer than filling
+            for spec in list_slots(self.slots):
+                if spec.name == name:
+                    return spec
         raise KeyError(f"no slot {name!r}; stages: {', '.join(spec.name for spec in self.slots)} "
                        "(one block: stage.index, a pair: stage.0-1)")
 
