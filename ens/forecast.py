@@ -28,12 +28,11 @@ from ens.data.folders import find_pairs
 from ens.data.sizes import read_size
 from ens.distill.fit import gains_from_bf16
 from ens.distill.losses import relative_error
-from ens.evaluate.memory import build_peak_tally
 from ens.evaluate.metrics import score_psnr_db
 from ens.networks.steps import Network, RowNetwork, SlotSpec, create_filling, pad_to_multiple
 from ens.run_folder import RunFolder
 from ens.runtime.process import format_duration
-from ens.runtime.profiling import Part, check_runtime, plan_profile, write_part
+from ens.runtime.profiling import Part, check_runtime, estimate_held, plan_profile, write_part
 from ens.space import BUILTIN, Choice, Genotype
 
 _SIDE_PX, _BUDGET_S = 64, 0.3
@@ -44,8 +43,6 @@ _FASTER = 1.5
 _WRITE_S, _SHARED = 2.5, 0.6
 """Seconds that a slot's file takes where none is to be timed, and what a whole network takes of the sum of its slots:
 blocks that are alike are traced once."""
-_HELD = 2
-"""What a runtime holds of a whole network that it has run, in units of its peak: 1.3 to 3.2 times, measured."""
 _CHECKS = 3
 """Times that an exported network is run or written anew while it is checked, in units of writing it."""
 _LONG_S, _SHORTER = 12 * 3600.0, 10
@@ -185,9 +182,9 @@ class _Pilot:
         update = sum(count * self._time(self._update(spec, choice, side), patches)
                      for (spec, choice), count in kinds.items())
         step, settling = teacher + update, 4 * (teacher + update / (1 + _BACKWARD))
-        return Cost("distill", settings.steps * step + settling, f"{len(jobs)} surrogates, {settings.steps} steps of "
-                    f"{step:.2g} s" + (f" in {groups} groups" if groups > 1 else ""), "distill.steps", settings.steps,
-                    step)
+        what = f"{len(jobs)} surrogates, {settings.steps} steps of {step:.2g} s"
+        return Cost("distill", settings.steps * step + settling, what + (f" in {groups} groups" if groups > 1 else ""),
+                    "distill.steps", settings.steps, step)
 
     def _update(self, spec: SlotSpec, choice: Choice, side: int) -> Callable[[int], None]:
         """One step of a surrogate on so many patches."""
@@ -290,8 +287,7 @@ class _Pilot:
         distinct = [min(batch, math.prod(size for size, other in zip(sizes, steps, strict=True) if other <= step))
                     for step in steps]
         genotype = images * sum(image_s[1:]) / len(image_s[1:]) * sum(distinct) / (batch * len(distinct))
-        teacher = 0.0 if run.has_archive else images * image_s[0]
-        return Cost("search", left * genotype + teacher, f"{left} genotypes, {images} images, {genotype:.2g} s each",
+        return Cost("search", left * genotype + images * image_s[0] * (not run.has_archive), f"{left} genotypes, {images} images, {genotype:.2g} s each",
                     "search.budget", run.study.search.budget, genotype)
 
     def _write_slot(self) -> float:
@@ -314,16 +310,14 @@ class _Pilot:
         plan = plan_profile(run.skeleton, run.space, height=settings.size[0], width=settings.size[1],
                             checks=settings.checks, seed=run.study.seed)
         files = plan.files(settings.runtime)
-        hybrids = len(plan.groups[0])  # which take turns, so all are open together
-        alone = replace(run.space, slots=tuple(replace(slot, choices=slot.choices[:1]) for slot in run.space.slots))
-        peak = build_peak_tally(run.skeleton, alone, height=settings.size[0], width=settings.size[1]).value(alone.teacher)
-        self.peak_bytes = max(self.peak_bytes, _HELD * hybrids * peak)
-        write = hybrids * whole + (len(files) - hybrids) * slot_s
+        hybrids = len(plan.groups[0])
+        self.peak_bytes = max(self.peak_bytes, estimate_held(plan, run.skeleton, run.space))
         looked = run.validation.images[:4]
         one = image_s[1] / _FASTER * math.prod(settings.size) * len(looked) / sum(
             image.degraded[0].numel() for image in looked)
         timed = settings.passes * (settings.repeats + 1) * one * (hybrids + sum(
             len(group) for group in plan.groups[1:]) / len(run.space.slots))
+        write = hybrids * whole + (len(files) - hybrids) * slot_s
         return Cost("profile", write + timed, f"{len(files)} files to write, then {settings.passes} passes over them")
 
     def _images_bytes(self) -> float:
@@ -349,8 +343,8 @@ def _count_params(module: nn.Module) -> int:
 
 def _resident_bytes() -> float:
     """The most memory that this process has had so far; 0 where the system does not say."""
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
         return 0.0
-    import resource
-
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)

@@ -16,7 +16,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import nn
 from ens.atomic import atomic_path, write_atomic
 from ens.blocks.rep import fold_blocks
 from ens.evaluate.latency import Check, Entry, LatencyError, LatencyTable, Protocol, checked_genotypes
+from ens.evaluate.memory import build_peak_tally
 from ens.export.formats import FORMATS, RUNTIMES, describe_network
 from ens.networks.borders import MapView
 from ens.networks.steps import Network, RowNetwork, SlotSpec, create_filling
@@ -37,6 +38,8 @@ from ens.space import Choice, Genotype, SearchSpace, format_genotype, parse_geno
 # Prefixes of the names of hybrids that are timed whole; the last is the network with one slot filled, by the user's own
 # blocks, which do not run alone: what they take is what they add to the network with all slots empty.
 _FITTED, _CHECKED, _WITHIN = "fit-", "hybrid-", "within-"
+_HELD = 2
+"""What ONNX Runtime holds of a network that it has run, in units of its peak: 1.3 to 3.2 times, measured."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,14 @@ def _build_hybrid(network: Network, space: SearchSpace, genotype: Genotype | Non
     for name, filling in fillings.items():
         whole.fill(name, filling)
     return whole.eval()
+
+
+def estimate_held(plan: Plan, network: Network, space: SearchSpace) -> float:
+    """Bytes that a runtime holds while whole networks take turns: all of them are open, and each has run."""
+    teacher = replace(space, slots=tuple(replace(slot, choices=slot.choices[:1]) for slot in space.slots))
+    _, _, height, width = plan.groups[0][0].shape
+    peak = build_peak_tally(network, teacher, height=height, width=width).value(teacher.teacher)
+    return _HELD * len(plan.groups[0]) * peak
 
 
 def write_bundle(plan: Plan, folder: Path, *, runtime: str, threads: int, repeats: int, passes: int,
