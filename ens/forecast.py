@@ -127,10 +127,9 @@ class _Pilot:
 
     def forecast(self, *, candidates: int) -> Forecast:
         study, costs = self.run.study, []
-        jobs = self.run.missing_jobs if self.run.has_library else self.run.jobs
         if not self.has_teacher:
             costs.append(self._train("train", self.network, study.train, 1, 0.0))
-        if jobs:
+        if jobs := self.run.missing_jobs if self.run.has_library else self.run.jobs:
             costs.append(self._distill(jobs))
         slot_s = self._write_slot()
         whole = _SHARED * slot_s * len(self.run.space.slots)
@@ -282,13 +281,14 @@ class _Pilot:
         run, images = self.run, len(self.run.validation.images)
         left = max(0, run.budget - (len(run.archive.known()) if run.has_archive else 0))
         batch = max(1, min(run.study.search.batch_size, left))
-        sizes, steps = [len(slot.open) for slot in run.restricted.slots], [
-            self.network.slot_step(slot.name) for slot in run.space.slots]
-        distinct = [min(batch, math.prod(size for size, other in zip(sizes, steps, strict=True) if other <= step))
-                    for step in steps]
-        genotype = images * sum(image_s[1:]) / len(image_s[1:]) * sum(distinct) / (batch * len(distinct))
-        return Cost("search", left * genotype + images * image_s[0] * (not run.has_archive), f"{left} genotypes, {images} images, {genotype:.2g} s each",
-                    "search.budget", run.study.search.budget, genotype)
+        sizes = [len(slot.open) for slot in run.restricted.slots]
+        steps = [self.network.slot_step(slot.name) for slot in run.space.slots]
+        distinct = sum(min(batch, math.prod(size for size, other in zip(sizes, steps, strict=True) if other <= step))
+                       for step in steps)
+        genotype = images * sum(image_s[1:]) / len(image_s[1:]) * distinct / (batch * len(steps))
+        seconds = left * genotype + images * image_s[0] * (not run.has_archive)
+        return Cost("search", seconds, f"{left} genotypes, {images} images, {genotype:.2g} s each", "search.budget",
+                    run.study.search.budget, genotype)
 
     def _write_slot(self) -> float:
         """Seconds that a slot's file takes to be written: one of a kind in the middle is."""
@@ -338,7 +338,7 @@ def _describe_load() -> str:
 
 
 def _count_params(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(map(torch.numel, module.parameters()))
 
 
 def _resident_bytes() -> float:
