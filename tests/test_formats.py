@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import subprocess
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -358,3 +360,11 @@ def test_an_edge_family_runs_in_executorch_whole_and_in_tiles(tmp_path: Path, fa
     with torch.no_grad():
         expected = restore_tiled(network.restore, image, tile_px=16, size_multiple=2)
     assert (session.restore(image) - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.slow
+def test_executorch_is_loaded_without_a_word() -> None:
+    """It brings packages along that report every library of theirs that they cannot load."""
+    done = subprocess.run([sys.executable, "-c", "import ens.export.executorch"], capture_output=True, text=True,
+                          encoding="utf-8", cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -12,17 +12,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
-from executorch.exir.dialects._ops import ops
-from executorch.exir.pass_base import ExportPass, NodeMetadata, ProxyValue
-from executorch.exir.passes.constant_prop_pass import constant_prop_pass
-from executorch.extension.pybindings import portable_lib
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from ens.export.torch_export import Size, hushed, quickened, trace_network
 from ens.networks.steps import Network
+
+with hushed():  # what it brings along reports what it cannot load
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
+    from executorch.exir.dialects._ops import ops
+    from executorch.exir.pass_base import ExportPass, NodeMetadata, ProxyValue
+    from executorch.exir.passes.constant_prop_pass import constant_prop_pass
+    from executorch.extension.pybindings import portable_lib
 
 _OPS = ops.edge.aten
 _METADATA = "ens_metadata"

@@ -33,11 +33,14 @@ from ens.networks.borders import MapView
 from ens.networks.steps import Network, RowNetwork, SlotSpec, create_filling
 from ens.runtime import runner
 from ens.runtime.bench import quartiles
+from ens.runtime.process import format_duration
 from ens.space import Choice, Genotype, SearchSpace, format_genotype, parse_genotype
 
 # Prefixes of the names of hybrids that are timed whole; the last is the network with one slot filled, by the user's own
 # blocks, which do not run alone: what they take is what they add to the network with all slots empty.
 _FITTED, _CHECKED, _WITHIN = "fit-", "hybrid-", "within-"
+_WRITE_S = {"executorch": (8, 80)}
+"""Seconds that the file of a slot takes to be written, and that of a whole network, where it is not 3."""
 _HELD = 2
 """What ONNX Runtime holds of a network that it has run, in units of its peak: 1.3 to 3.2 times, measured."""
 
@@ -291,9 +294,11 @@ def profile_space(network: Network, space: SearchSpace, folder: Path, *, runtime
     """
     plan = plan_profile(network, space, height=height, width=width, checks=checks, seed=seed)
     files = plan.files(runtime)
-    missing = sum(not (folder / name).exists() for name in files)
-    say(f"profile: {len(files)} files, {missing} to write, about {3 * missing} s of processor time; then "
-        f"{passes * len(plan.groups)} groups of {runtime} times at {height}x{width}")
+    missing = [part for name, part in files.items() if not (folder / name).exists()]
+    slot_s, whole_s = _WRITE_S.get(runtime, (3, 3))
+    seconds = sum(whole_s if part in plan.groups[0] else slot_s for part in missing)
+    say(f"profile: {len(files)} files, {len(missing)} to write, about {format_duration(seconds)} of processor time; "
+        f"then {passes * len(plan.groups)} groups of {runtime} times at {height}x{width}")
     if not (write_bundle(plan, folder, runtime=runtime, threads=threads, repeats=repeats, passes=passes,
                          on_step=on_write, should_stop=should_stop)
             and not files_only and runner.time_plan(folder, on_step=on_time, should_stop=should_stop)):
