@@ -304,8 +304,8 @@ def find_study(name: str) -> Path:
         return shipped[given.stem]
     if given.exists():
         return given  # a folder or a pipe: whoever reads it says so
-    raise ConfigError(f"there is no study {name}{suggest(name, shipped)}; give a YAML file or one of "
-                      f"{', '.join(shipped)}")
+    near = suggest(name, [*shipped, *map(str, given.parent.glob("*.yaml"))])
+    raise ConfigError(f"there is no study {name}{near}; give a YAML file or one of {', '.join(shipped)}")
 
 
 def parse_changes(changes: Sequence[str]) -> dict[str, Any]:

@@ -33,8 +33,8 @@ Task = Annotated[str, typer.Option(help=(
     "Task with its numbers: denoise_s25, derain, deblur, sr_x4, jpeg_q10; or my_degradation:degrade with --import."))]
 Within = Annotated[float | None, typer.Option(help="Name the cheapest member at most this many dB below the teacher.")]
 Storage = Annotated[str, typer.Option(help=(
-    "URL of the archive instead of RUN/archive.db, for instance postgresql+psycopg://user@host/name; several machines "
-    "may search into it."))]
+    "URL of the archive instead of RUN/archive.db, postgresql+psycopg://… for instance; several machines may "
+    "search into it."))]
 Teacher = Annotated[Path | None, typer.Option(help="Checkpoint to use as the teacher.")]
 TaughtBy = Annotated[Path | None, typer.Option("--teacher", help="Checkpoint whose output is extra supervision.")]
 TaughtWeight = Annotated[float | None, typer.Option("--teacher-weight", min=0, max=1, help=(

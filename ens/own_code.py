@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ens.shortage import is_shortage
+from ens.space import suggest
 
 ENTRY_POINTS = "ens.networks"
 """Group in which an installed package may offer functions that return a network."""
@@ -138,8 +139,8 @@ def find_function(name: str, role: str = "network") -> Callable[..., object]:
     if not callable(function) or not (is_network or _is_of(found, function)):
         own = [key for key, value in vars(found).items() if inspect.isroutine(value) or isinstance(value, type)
                if _is_of(found, value)]
-        raise OwnCodeError(f"{place} defines no function {attribute!r} that could be a {role}; it has "
-                           f"{', '.join(own) or 'none'}")
+        raise OwnCodeError(f"{place} defines no function {attribute!r} that could be a {role}"
+                           f"{suggest(attribute, own)}; it has {', '.join(own) or 'none'}")
     return function
 
 

@@ -60,6 +60,7 @@ def distill(run: RunFolder, control: Control = QUIET) -> Library:
         control.say(f"distill: skipped, all {len(run.jobs)} surrogates are in {library.root.name}")
         remove_state(run.distill_state)
         return library
+    control.say(f"distill: {run.ends.describe()}")  # or that it is not worth the hours
     control.require(distill_library(
         run.teacher, library, run.patches("distill"), run.jobs, seed=run.study.seed, device=run.device,
         on_progress=lambda done, total, error: control.progress("distill", done, total, f"error {error:.3f}"),

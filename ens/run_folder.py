@@ -143,18 +143,17 @@ class RunFolder(OpenedStudy):
         return self._archive
 
     @cached_property
+    def ends(self) -> Baseline:
+        """What teacher and doing nothing reach on the validation images; ValueError where no search can use that."""
+        teacher = list_psnr_db(copy.deepcopy(self.teacher).to(self.device), self.validation, self.protocol)
+        return Baseline(teacher, list_input_psnr_db(self.validation, self.protocol), {}).check()
+
+    @cached_property
     def baseline(self) -> Baseline:
-        """What teacher and doing nothing reach on the validation images; ConfigError where no search can use that."""
+        """`ends` with what the teacher costs: the archive's, where there is one."""
         found = self.archive.baseline if self.has_archive else None
-        if found is None:
-            teacher = list_psnr_db(copy.deepcopy(self.teacher).to(self.device), self.validation, self.protocol)
-            found = Baseline(teacher, list_input_psnr_db(self.validation, self.protocol),
-                             {name: meter.measure(self.space.teacher) for name, meter in self.meters.items()})
-        try:
-            found.check()
-        except ValueError as error:
-            raise ConfigError(f"{self.study.name}: {error}") from None
-        return found
+        return found.check() if found else replace(
+            self.ends, values={name: meter.measure(self.space.teacher) for name, meter in self.meters.items()})
 
     @property
     def identity(self) -> dict[str, Any]:

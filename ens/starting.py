@@ -34,7 +34,7 @@ def slots(
     found, study = _discover(_name_network(network, options), size)
     listed = [one for one in found.candidates
               if every or one.name in found.slots or (one.time >= _SHOWN and not one.is_layer)]
-    table = make_table(("submodule", "class", "sees", "slot"), ("calls", "parameters", "time %", "mult.-adds %"))
+    table = make_table(("submodule", "class", "sees", "slot"), ("calls", "params", "time %", "MACs %"))
     for one in listed:
         verdict = "proposed" if one.name in found.slots else "may be" if one.is_fit else "no"
         table.add_row(one.name, one.kind, _describe(one), verdict, str(one.calls), f"{one.params:,}",

@@ -207,6 +207,7 @@ def distill_missing(run: RunFolder, control: Control) -> None:
     Each slot has a library of its own meanwhile, where what a dead node had begun is gone on with.
     """
     slots = list(dict.fromkeys(spec.name for spec, _ in run.missing_jobs))
+    control.say(f"distill: {run.ends.describe()}")
     control.progress("distill", 0, len(slots), "slots")
     for done, part in enumerate(_spread(run, _distill_there, [(slot,) for slot in slots], control.should_stop), 1):
         run.library.absorb(open_library(part))

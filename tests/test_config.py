@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from ens.config import ConfigError, StudyConfig, check_same_run, dump_study, load_study, parse_choices, study_schema
+from ens.config import (
+    ConfigError,
+    StudyConfig,
+    check_same_run,
+    dump_study,
+    find_study,
+    load_study,
+    parse_choices,
+    study_schema,
+)
 from ens.space import Choice
 
 STUDY = "task: {name: denoise}\nnetwork: {name: restormer}\nchoices: [vssd×1]\n"
@@ -158,3 +167,9 @@ def test_the_papers_budget_and_prices_are_the_default() -> None:
 def test_a_section_keeps_its_own_defaults_for_keys_that_are_not_given(tmp_path: Path) -> None:
     finetune = load_study(write(tmp_path, STUDY + "finetune: {steps: 3}")).finetune
     assert (finetune.steps, finetune.taught_weight, finetune.phases) == (3, 0.5, ((0, 64, 8),))
+
+
+def test_a_study_beside_the_one_that_was_meant_is_offered(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"there is no study .*studi.yaml .did you mean .*study.yaml\?."):
+        find_study(str(tmp_path / "studi.yaml"))

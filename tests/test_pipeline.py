@@ -363,11 +363,12 @@ def test_fine_tuning_that_hurts_keeps_the_weights_it_started_with(
     assert float(facts["psnr_db_after"]) >= float(facts["psnr_db_before"])
 
 
-def test_a_teacher_that_is_worse_than_its_input_ends_the_search_before_it_starts(tmp_path: Path) -> None:
+def test_a_teacher_that_is_worse_than_its_input_ends_a_run_before_anything_imitates_it(tmp_path: Path) -> None:
     write_study(tmp_path)
     study = load_study(tmp_path / "tiny.yaml", {"train": {"steps": 1, "lr": 1e-6, "phases": [[0, 16, 2]]}})
-    with pytest.raises(ConfigError, match=r"the degraded input has .* there is nothing to imitate"):
-        pipeline.search(RunFolder.start(study, tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"the degraded input has .* there is nothing to imitate"):
+        pipeline.distill(run := RunFolder.start(study, tmp_path / "run"))
+    assert not run.library.surrogates
     assert not (tmp_path / "run" / "archive.db").exists()
 
 

@@ -45,8 +45,13 @@ class Baseline:
         return (f"{count} of {len(self.teacher_psnr_db)} validation images are left out of means: the teacher's output "
                 "or the degraded input equals the target.") if count else ""
 
-    def check(self) -> None:
-        """Raises ValueError where nothing can be measured against this teacher: before a budget is spent on it."""
+    def describe(self) -> str:
+        """What teacher and input reach, in a sentence's words."""
+        degraded = "" if self.input_mean_db is None else f", the degraded input has {self.input_mean_db:.2f} dB"
+        return f"the teacher restores the validation images to {self.teacher_mean_db:.2f} dB{degraded}"
+
+    def check(self) -> Baseline:
+        """Itself; raises ValueError where nothing can be measured against this teacher: before time is spent on it."""
         broken = sum(math.isnan(value) or value == -math.inf for value in self.teacher_psnr_db)
         if broken:
             raise ValueError(f"the teacher's PSNR is no number on {broken} of {len(self.teacher_psnr_db)} validation "
@@ -56,9 +61,9 @@ class Baseline:
             raise ValueError(f"the teacher restores all {len(self.teacher_psnr_db)} validation images perfectly, so "
                              "nothing can be measured on them. Are degraded and clean images the same files?")
         if self.input_drop_db is not None and not self.input_drop_db > 0:
-            raise ValueError(f"the teacher restores the validation images to {self.teacher_mean_db:.2f} dB, the "
-                             f"degraded input has {self.input_mean_db:.2f} dB: there is nothing to imitate. Train it "
-                             "longer (train.steps), or give another")
+            raise ValueError(f"{self.describe()}: there is nothing to imitate. Train it longer (train.steps, where "
+                             "this study trains it), or give another")
+        return self
 
 
 REPORT_KEYS = ("input", "before", "after", "teacher")

@@ -130,7 +130,7 @@ class Storage:
     def load_study(self, name: str) -> tuple[optuna.Study, Trials]:
         """The study of that name; raises FileNotFoundError where there is no file or study."""
         if self.path is not None and not self.path.is_file():
-            raise FileNotFoundError(f"there is no archive at {self}")
+            raise FileNotFoundError(f"there is no archive at {self}: nothing was searched yet, `ens search` begins one")
         if not self.has_tables():  # Optuna would make them
             raise FileNotFoundError(f"{self} is empty: nothing was recorded in it yet; `ens search` goes on with it")
         try:
