@@ -227,7 +227,7 @@ def test_a_pair_that_is_restored_perfectly_is_left_out_of_a_search_and_counted(
     assert any("left out of means" in note for note in front_notes(run.front()))
     (folder / "input" / "photo.png").unlink()
     (folder / "target" / "photo.png").unlink()
-    with pytest.raises(ConfigError, match="restores all 1 validation images perfectly"):
+    with pytest.raises(ValueError, match="restores all 1 validation images perfectly"):
         pipeline.search(RunFolder.start(study, tmp_path / "hopeless"))
 
 
@@ -240,7 +240,7 @@ def test_a_teacher_of_nan_is_refused_after_its_first_measurement(
         next(run.teacher.parameters()).fill_(math.nan)
     evaluated: list[object] = []
     monkeypatch.setattr("ens.evaluate.evaluator.Evaluator.evaluate", lambda *arguments: evaluated.append(arguments))
-    with pytest.raises(ConfigError, match="teacher's PSNR is no number on 2 of 2 validation images"):
+    with pytest.raises(ValueError, match="teacher's PSNR is no number on 2 of 2 validation images"):
         pipeline.search(run)
     assert not evaluated and not (run.path / "archive.db").exists()
 
