@@ -49,7 +49,7 @@ Size = Annotated[str, typer.Option(metavar="HxW", help=(
     "Fixed size of the image, for instance 256 or 192x256; else any, and 256 for pte, which cannot."))]
 Tile = Annotated[int | None, typer.Option(metavar="PX", min=1, help="Work in tiles of this size.")]
 TileOverlap = Annotated[int | None, typer.Option(metavar="PX", min=0, help=(
-    "Overlap of the tiles: 32, or half of a smaller tile, unless given."))]
+    "Overlap of the tiles: 64, or a quarter of a smaller tile, unless given."))]
 Int8 = Annotated[bool, typer.Option("--int8", help=(
     "Also NAME.int8.onnx: 8-bit convolutions, calibrated on training images, at most 0.2 dB worse; measured."))]
 Bundle = Annotated[bool, typer.Option("--bundle", help=(

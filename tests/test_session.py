@@ -207,7 +207,7 @@ def test_a_tile_that_the_grid_enlarges_is_said_once(tmp_path: Path) -> None:
         write_photo(tmp_path / "in" / name, photo(3, np.uint8))
     coarse, said = Session(nn.Identity(), 128, 1, 3, {}), list[str]()
     assert restore_files(coarse, tmp_path / "in", tmp_path / "out", tile_px=200, on_event=said.append) == []
-    assert said == ["tiles of 256 px instead of 200: they start at multiples of 128 px and overlap by 32"]
+    assert said == ["tiles of 256 px instead of 200: they start at multiples of 128 px and overlap by 50"]
 
 
 def test_what_a_target_cannot_hold_is_found_before_the_network_runs(tmp_path: Path) -> None:

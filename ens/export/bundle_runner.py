@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("target")
     parser.add_argument("--tile", type=int, default=512, help="side of the tiles in pixels")
-    parser.add_argument("--overlap", type=int, default=32, help="overlap of the tiles in pixels")
+    parser.add_argument("--overlap", type=int, default=64, help="overlap of the tiles in pixels")
     parser.add_argument("--threads", type=int, default=0, help="threads, 0 for as many as there are cores")
     given = parser.parse_args()
     if not 0 <= given.overlap < given.tile:

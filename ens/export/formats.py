@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from ens.atomic import atomic_path
 from ens.blocks.rep import fold_blocks
 from ens.export.failures import first_line, raise_shortage
+from ens.export.statistics import Restore, Share, share_in_torch
 from ens.export.torch_export import Size
 from ens.networks.steps import Network, pad_to_multiple, pad_to_size
 
@@ -48,9 +49,11 @@ class OpenedFile:
     what `write_checked` put in. `release` gives back the memory that the runtime keeps from one run to the next.
     """
 
-    run: Callable[[Tensor], Tensor]
+    run: Restore
     metadata: dict[str, str]
     release: Callable[[], None] = lambda: None
+    share: Share | None = None
+    """Gives the tiles of an image the same statistics; None where they are out of reach."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,32 @@ def _write_onnx(network: Network, path: Path, metadata: Mapping[str, str], size:
 
 
 def _open_onnx(path: Path, threads: int | None) -> OpenedFile:
-    from ens.export.onnx import open_onnx, release_onnx, run_onnx
+    from ens.export.onnx_runtime import open_graph, open_onnx, release_onnx, run_onnx
+    from ens.export.onnx_statistics import share_in_graph
 
     session, metadata = open_onnx(path, threads)
-    return OpenedFile(lambda image: run_onnx(session, image), metadata, lambda: release_onnx(session))
+
+    def run(image: Tensor) -> Tensor:
+        return run_onnx(session, image)
+
+    return OpenedFile(run, metadata, lambda: release_onnx(session),
+                      share_in_graph(path, run, lambda data: open_graph(data, threads)))
 
 
 def _open_openvino(path: Path, threads: int | None, *, exact: bool = True) -> OpenedFile:
     with needing("openvino"):
-        from ens.export.openvino import open_openvino, run_openvino
+        from ens.export import openvino
+    from ens.export.onnx_runtime import open_graph
+    from ens.export.onnx_statistics import share_in_graph
 
-    model, metadata = open_openvino(path, threads, exact=exact)
-    return OpenedFile(lambda image: run_openvino(model, image), metadata)
+    model, metadata = openvino.open_openvino(path, threads, exact=exact)
+
+    def run(image: Tensor) -> Tensor:
+        return openvino.run_openvino(model, image)
+
+    return OpenedFile(run, metadata, share=share_in_graph(
+        path, run, lambda data: open_graph(data, threads),
+        lambda data: openvino.open_graph(data, threads, exact=exact)))
 
 
 def _write_program(network: Network, path: Path, metadata: Mapping[str, str], size: Size | None,
@@ -100,7 +117,14 @@ def _open_program(path: Path, threads: int | None) -> OpenedFile:
     from ens.export.torch_export import open_program, run_program
 
     module, metadata = open_program(path, threads)
-    return OpenedFile(lambda image: run_program(module, image), metadata)
+
+    def run(image: Tensor) -> Tensor:
+        return run_program(module, image)
+
+    def share(tiles: Iterable[Tensor]) -> Restore:
+        return share_in_torch(run, int(metadata["size_multiple"]), int(metadata["channels"]))(tiles)
+
+    return OpenedFile(run, metadata, share=share)
 
 
 def _write_executorch(network: Network, path: Path, metadata: Mapping[str, str], size: Size | None,

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import torch
 from onnx_ir.passes import common as passes
 from onnxscript import rewriter
@@ -162,40 +160,3 @@ def _fold(model: ir.Model) -> None:
     fold_constants_ir(model, output_size_limit=_LARGEST_FOLDED)
     passes.RemoveUnusedNodesPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
-
-
-def open_onnx(path: Path, threads: int | None) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
-    """The file in ONNX Runtime on the CPU, and the metadata beside its graph; raises what the runtime raises.
-
-    FileNotFoundError names the file that other tools put the weights in, where it was left behind.
-    """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised as well
-    # Plans one block for all activations of a size: twice the peak, and no faster (measured, CPU, tiles of 512 px).
-    options.enable_mem_pattern = False
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's errors share no public class
-        lost = re.search(r'External data path does not exist: "([^"]+)"', str(error))
-        if lost is None:
-            raise
-        raise FileNotFoundError(f"its weights are in a file of their own, which is not beside it: {lost[1]}") from None
-    return session, dict(session.get_modelmeta().custom_metadata_map)
-
-
-def run_onnx(session: onnxruntime.InferenceSession, image: Tensor) -> Tensor:
-    """One image through an opened file; raises what the runtime raises."""
-    return torch.from_numpy(session.run(None, {"image": np.ascontiguousarray(image.numpy())})[0])
-
-
-def release_onnx(session: onnxruntime.InferenceSession) -> None:
-    """Give back what the runtime keeps for activations: all of the largest run so far, even of one that failed."""
-    name, (_, channels, *sides) = session.get_inputs()[0].name, session.get_inputs()[0].shape
-    least = int(session.get_modelmeta().custom_metadata_map["size_multiple"])
-    height, width = (side if isinstance(side, int) else least for side in sides)
-    options = onnxruntime.RunOptions()
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-    # It does so at the end of a run only: of the smallest image that there is.
-    session.run(None, {name: np.zeros((1, channels, height, width), np.float32)}, options)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import openvino
+from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
 
 def open_openvino(path: Path, threads: int | None, *,
                   exact: bool = True) -> tuple[openvino.CompiledModel, dict[str, str]]:
-    """The ONNX file compiled for the CPU, and its metadata; raises what the runtime raises.
+    """The ONNX file compiled for the CPU, and its metadata; raises what the runtime raises."""
+    data = path.read_bytes()
+    model = _compile(data, threads, exact)
+    return model, {entry.key: entry.value for entry in onnx.load_from_string(data).metadata_props}
 
-    `exact` computes in float32. Otherwise the device's default precision is taken, which is bfloat16 on some.
+
+def open_graph(data: bytes, threads: int | None, *,
+               exact: bool = True) -> Callable[[Mapping[str, NDArray[Any]]], list[NDArray[Any]]]:
+    """An ONNX graph in OpenVINO: inputs by name -> all of its outputs."""
+    model = _compile(data, threads, exact)
+    return lambda feed: [value.copy() for value in model(dict(feed)).to_tuple()]
+
+
+def _compile(data: bytes, threads: int | None, exact: bool) -> openvino.CompiledModel:
+    """`exact` computes in float32. Otherwise the device's default precision is taken, which is bfloat16 on some.
     """
     core = openvino.Core()
     options: dict[str, object] = {"PERFORMANCE_HINT": "LATENCY"}
@@ -22,9 +37,7 @@ def open_openvino(path: Path, threads: int | None, *,
         options["INFERENCE_PRECISION_HINT"] = "f32"
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
-    data = path.read_bytes()
-    model = core.compile_model(core.read_model(data), "CPU", options)
-    return model, {entry.key: entry.value for entry in onnx.load_from_string(data).metadata_props}
+    return core.compile_model(core.read_model(data), "CPU", options)
 
 
 def run_openvino(model: openvino.CompiledModel, image: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,9 +28,10 @@ from ens.data.images import (
 from ens.export.failures import first_line, translating
 from ens.export.formats import FORMATS, ExportError, open_file
 from ens.export.hybrid import open_network, read_facts
+from ens.export.statistics import Restore, Share, share_in_torch
 from ens.networks.steps import Network, pad_to_size
 from ens.networks.weight_files import reject_impostors
-from ens.runtime.tiling import Restore, Tiles, fit_tiles, restore_padded, restore_tiled, restore_within_memory
+from ens.runtime.tiling import Tiles, fit_tiles, restore_padded, restore_tiled, restore_within_memory
 from ens.shortage import is_memory_error
 from ens.space import BUILTIN
 
@@ -60,6 +61,8 @@ class Session:
     """Side of the largest square that `run` takes, where the file's size is fixed; larger images go in tiles."""
     tiles: Tiles | None = None
     """What `restore` cuts larger images into; None: in one piece, where the file's size allows that."""
+    share: Share | None = None
+    """Gives all tiles of an image the same statistics of the map; None: each has its own."""
 
     def restore(self, image: Tensor) -> Tensor:
         """(B, channels, H, W) float32 in [0, 1], any H and W -> (B, channels, H·upscale, W·upscale)."""
@@ -70,7 +73,7 @@ class Session:
         tiles = self.tiles or self.fit(None, None)
         if tiles and max(image.shape[-2:]) > tiles.tile_px:
             return restore_tiled(self.run, image, tile_px=tiles.tile_px, overlap_px=tiles.overlap_px,
-                                 size_multiple=self.size_multiple, upscale=self.upscale)
+                                 size_multiple=self.size_multiple, upscale=self.upscale, share=self.share)
         return restore_padded(self.run, image, size_multiple=self.size_multiple, upscale=self.upscale)
 
     def tiled(self, tile_px: int | None, overlap_px: int | None) -> Session:
@@ -132,7 +135,7 @@ def _open_exported(path: Path, threads: int | None, runtime: str, create: object
     except (KeyError, ValueError) as error:
         raise SessionError(f"{path}: was not exported by ens (no {error} in its metadata)") from None
     if size is None:
-        return Session(opened.run, size_multiple, upscale, channels, facts, opened.release)
+        return Session(opened.run, size_multiple, upscale, channels, facts, opened.release, share=opened.share)
     return Session(_fill_up(opened.run, size, upscale), size_multiple, upscale, channels, facts, opened.release,
                    largest_px=min(size))
 
@@ -159,7 +162,8 @@ def _open_weights(path: Path | str, threads: int | None, runtime: str, create: C
             return network.restore(image)
 
     return Session(run, network.size_multiple, network.upscale, network.in_channels,
-                   {} if str(path).startswith(BUILTIN) else read_facts(path))
+                   {} if str(path).startswith(BUILTIN) else read_facts(path),
+                   share=share_in_torch(run, network.size_multiple, network.in_channels))
 
 
 _OPENERS: dict[str, Callable[[Path, int | None, str, Callable[[], Network] | None], Session]] = {
@@ -190,11 +194,6 @@ def _restore(session: Session, photo: Photo, tiles: Tiles | None, say: Callable[
         pixels = photo.pixels[np.ix_(rows.numpy(), columns.numpy())]
         return torch.from_numpy(np.ascontiguousarray(to_float(pixels).transpose(2, 0, 1)))[None]
 
-    def run(image: Tensor) -> Tensor:
-        if session.channels == 1:
-            return torch.cat([session.run(colour) for colour in image.split(1, 1)], 1)
-        return session.run(image.expand(-1, 3, -1, -1))
-
     def write(top: int, rows: Tensor) -> None:
         if channels == 1:
             rows = rows.mean(1, keepdim=True)
@@ -202,9 +201,43 @@ def _restore(session: Session, photo: Photo, tiles: Tiles | None, say: Callable[
             strip = to_pixels(rows[0, :, first:first + _STRIP_PX].numpy().transpose(1, 2, 0), dtype.type)
             restored[top + first:top + first + len(strip)] = strip
 
-    restore_within_memory(run, read, write, height=height, width=width, tiles=tiles, on_event=say,
-                          size_multiple=session.size_multiple, upscale=session.upscale, release=session.release)
+    planes = _Planes(gray=session.channels == 1, count=channels if session.channels == 1 else 1)
+    restore_within_memory(planes.restore([session.run] * planes.count), read, write, height=height, width=width,
+                          tiles=tiles, size_multiple=session.size_multiple, upscale=session.upscale,
+                          share=session.share and planes.share(session.share), release=session.release, on_event=say)
     return replace(photo, pixels=restored, alpha=_carry_alpha(photo, session.upscale))
+
+
+@dataclass(frozen=True)
+class _Planes:
+    """What a network takes of a photo at a time: `count` colours alone (`gray`), or three channels at once."""
+
+    gray: bool
+    count: int
+
+    def split(self, image: Tensor) -> Sequence[Tensor]:
+        """(1, C, H, W) -> `count` images of 1 or of 3 channels."""
+        return image.split(1, 1) if self.gray else (image.expand(-1, 3, -1, -1),)
+
+    def restore(self, runs: Sequence[Restore]) -> Restore:
+        """Restore each plane by its own of `runs`."""
+        return lambda image: torch.cat([run(plane) for run, plane in zip(runs, self.split(image), strict=True)], 1)
+
+    def share(self, share: Share) -> Share:
+        """`share` of each plane alone."""
+        return lambda tiles: self.restore([share(_OnePlane(tiles, self, index)) for index in range(self.count)])
+
+
+@dataclass(frozen=True)
+class _OnePlane:
+    """The same plane of every tile."""
+
+    tiles: Iterable[Tensor]
+    planes: _Planes
+    index: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.planes.split(tile)[self.index] for tile in self.tiles)
 
 
 def _carry_alpha(photo: Photo, upscale: int) -> Pixels | None:

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from ens.export.failures import first_line, translating
+from ens.export.statistics import Restore, Share
 from ens.networks.steps import pad_to_multiple
 
-Restore = Callable[[Tensor], Tensor]
-"""Image with sides that are multiples of `size_multiple` -> restored image."""
 Read = Callable[[Tensor, Tensor], Tensor]
 """Indices of rows (h,) and of columns (w,), int64 -> those pixels of the image, (B, C, h, w) float32."""
 Write = Callable[[int, Tensor], None]
 """First row and finished rows (B, C', h, W·upscale) of the restored image."""
 
 SMALLEST_TILE_PX = 64
-OVERLAP_PX = 32
+OVERLAP_PX = 64
+_SAMPLED_TILES = 16
+"""How many tiles of an image the shared statistics are the mean of: 24 megapixels have 375 of 256 px side by side."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Tiles:
 
 def fit_tiles(tile_px: int, *, overlap_px: int | None = None, size_multiple: int = 1) -> Tiles:
     """Tiles of `tile_px` rounded down to the size multiple, and enlarged where tiles that start on that grid would not
-    overlap by `overlap_px` (32, or half of a smaller tile, unless given).
+    overlap by `overlap_px` (64, or a quarter of a smaller tile, unless given).
 
     Raises ValueError for an overlap that is not smaller than `tile_px`.
     """
-    overlap = min(OVERLAP_PX, tile_px // 2) if overlap_px is None else overlap_px
+    overlap = min(OVERLAP_PX, tile_px // 4) if overlap_px is None else overlap_px
     if not 0 <= overlap < tile_px:
         raise ValueError(f"the overlap must be at least 0 and smaller than the tile of {tile_px} px, got {overlap}")
     smallest = -(-overlap // size_multiple) * size_multiple + size_multiple
@@ -71,26 +72,29 @@ def restore_padded(restore: Restore, image: Tensor, *, size_multiple: int, upsca
 
 
 def restore_tiled(restore: Restore, image: Tensor, *, tile_px: int, overlap_px: int | None = None,
-                  size_multiple: int = 1, upscale: int = 1) -> Tensor:
-    """Restore an image in the tiles of `fit_tiles`, blended; a tile that covers the image is the whole image.
+                  size_multiple: int = 1, upscale: int = 1, share: Share | None = None) -> Tensor:
+    """Restore an image in the tiles of `fit_tiles`, blended; a tile that covers the image is the whole image. `share`
+    gives the tiles the same statistics of the map.
 
     Tiles lie on the grid of `size_multiple`, so a network that samples down sees the phase it would see in the whole
     image.
     """
     tiles = fit_tiles(tile_px, overlap_px=overlap_px, size_multiple=size_multiple)
     bands = restore_bands(restore, lambda rows, columns: image[..., rows[:, None], columns], height=image.shape[-2],
-                          width=image.shape[-1], tiles=tiles, upscale=upscale)
+                          width=image.shape[-1], tiles=tiles, upscale=upscale, share=share)
     return torch.cat([rows for _, rows in bands], -2)
 
 
 def restore_bands(restore: Restore, read: Read, *, height: int, width: int, tiles: Tiles,
-                  upscale: int = 1) -> Iterator[tuple[int, Tensor]]:
+                  upscale: int = 1, share: Share | None = None) -> Iterator[tuple[int, Tensor]]:
     """Yield the restored image from top to bottom as (first row, rows); one row of tiles is in memory at a time."""
     rows, columns = (_padded_indices(side, tiles.size_multiple) for side in (height, width))
     tops, lefts = tiles.starts(len(rows)), tiles.starts(len(columns))
     if len(tops) == len(lefts) == 1:
         yield 0, restore(read(rows, columns))[..., :height * upscale, :width * upscale]
         return
+    if share is not None:
+        restore = share(_Sample(read, rows, columns, tiles.tile_px))
     total, weights = torch.zeros(0), torch.zeros(0)  # of the rows that the band above left unfinished
     for top, following in zip(tops, [*tops[1:], len(rows)], strict=True):
         band = rows[top:top + tiles.tile_px]
@@ -111,6 +115,24 @@ def restore_bands(restore: Restore, read: Read, *, height: int, width: int, tile
         # Copies: a view would keep the whole band.
         total, weights = total[..., finished:, :].clone(), weights[finished:].clone()
         yield top * upscale, blended[..., :(height - top) * upscale, :width * upscale]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some tiles of an image, side by side and spread over all of it, whatever the overlap of those that restore it."""
+
+    read: Read
+    rows: Tensor
+    columns: Tensor
+    tile_px: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        side_by_side = Tiles(self.tile_px, 0, 1)
+        corners = [(top, left) for top in side_by_side.starts(len(self.rows))
+                   for left in side_by_side.starts(len(self.columns))]
+        count = min(len(corners), _SAMPLED_TILES)
+        for top, left in (corners[index * len(corners) // count] for index in range(count)):
+            yield self.read(self.rows[top:top + self.tile_px], self.columns[left:left + self.tile_px])
 
 
 def _padded_indices(side: int, multiple: int) -> Tensor:
@@ -144,7 +166,7 @@ def _quietly(release: Callable[[], None]) -> None:
 
 def restore_within_memory(restore: Restore, read: Read, write: Write, *, height: int, width: int,
                           tiles: Tiles | None = None, size_multiple: int = 1, upscale: int = 1,
-                          release: Callable[[], None] = lambda: None,
+                          share: Share | None = None, release: Callable[[], None] = lambda: None,
                           on_event: Callable[[str], None] | None = None) -> None:
     """Restore in one piece (`tiles` None) or in tiles; where memory runs out, halve the tile, say so, start again.
 
@@ -158,7 +180,8 @@ def restore_within_memory(restore: Restore, read: Read, write: Write, *, height:
     while True:
         try:
             with translating():
-                for top, rows in restore_bands(restore, read, height=height, width=width, tiles=tiles, upscale=upscale):
+                for top, rows in restore_bands(restore, read, height=height, width=width, tiles=tiles, upscale=upscale,
+                                               share=share):
                     write(top, rows)
             return
         except MemoryError as error:
