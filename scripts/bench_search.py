@@ -1,8 +1,9 @@
 """Every engine on tables that are measured whole: share of the exhaustive hypervolume by unique evaluations.
 
-    .venv/bin/python scripts/bench_search.py --nas ../shared/tables/nas_bench_macro.csv [--from runs/table]
+    .venv/bin/python scripts/bench_search.py --nas ../shared/tables/nas_bench_macro.csv
 
-`--from` writes results/tables/denoise_demo.csv first, of the run folder of scripts/table.yaml.
+`--from` writes results/tables/denoise_demo.csv first, of the run folder of scripts/table.yaml, `--large`
+results/tables/denoise_34560.csv, of that of scripts/table_large.yaml.
 
 Every search is one line of results/search.jsonl, so that a broken off bench goes on; the table in results/search.md and
 the chart in results/search.png are made of all lines. Batches of one.
@@ -17,11 +18,13 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import matplotlib.pyplot as plt
+import moocore
 import numpy as np
 
 from ens.pareto.archive import read_archive
@@ -33,6 +36,10 @@ from ens.space import format_genotype
 ROOT = Path(__file__).resolve().parents[1]
 AT = (25, 50, 100, 200)
 SKIPPED = ("exhaustive",)
+LARGE = "denoise_34560"
+OBJECTIVES = ("psnr_drop_db", "latency_ms@one")
+BUDGETS = {LARGE: 400}
+"""Unique evaluations of a search, of tables that take more than the usual 200."""
 
 
 def write_synthetic(path: Path, sizes: tuple[int, ...], order: int, seed: int) -> None:
@@ -60,24 +67,31 @@ def write_synthetic(path: Path, sizes: tuple[int, ...], order: int, seed: int) -
                                                          strict=True))
 
 
-def write_measured(run: Path, path: Path) -> None:
-    """All values of every genotype of an exhaustive search as a table, and its PSNR of every image."""
+def write_measured(run: Path, path: Path, names: Sequence[str] = ()) -> None:
+    """Values (all and the PSNR of every image, unless named) of every genotype of an exhaustive search as a table."""
     archive = read_archive(run / "archive.db")
     measured = sorted(archive.known().values(), key=lambda item: item.genotype)
     if len(measured) != archive.space.num_genotypes:
         raise SystemExit(f"{run} holds {len(measured)} of {archive.space.num_genotypes} genotypes")
-    names, images = list(measured[0].values), [f"psnr_db_{index}" for index in range(len(measured[0].psnr_db))]
+    images = [] if names else [f"psnr_db_{index}" for index in range(len(measured[0].psnr_db))]
+    names = names or list(measured[0].values)
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["genotype", *names, *images])
         rows.writerows([format_genotype(item.genotype), *(f"{item.values[name]:.7g}" for name in names),
-                        *(f"{value:.4f}" for value in item.psnr_db)] for item in measured)
+                        *(f"{value:.4f}" for value in item.psnr_db[:len(images)])] for item in measured)
 
 
 def corner_of(name: str, table: Table) -> tuple[float, ...]:
-    """The fixed reference point: the teacher's quality plus 6 (synthetic: the median), 1.1 times its cost."""
+    """The fixed reference point: the teacher's quality plus 6 (synthetic: the median), 1.1 times its cost; of the large
+    table the front's own worst values and a tenth of its range beyond them, as BoTorch infers one, which leaves nothing
+    to a few points in the middle.
+    """
     values = table.values(list(table.rows))
+    if name == LARGE:
+        front = values[moocore.is_nondominated(values)]
+        return tuple((front.max(0) + 0.1 * np.ptp(front, axis=0)).tolist())
     teacher = table.values([table.space.teacher])[0]
     quality = float(np.median(values[:, 0])) if name.startswith("synthetic") else teacher[0] + 6.0
     return (quality, *(1.1 * teacher[1:]).tolist())
@@ -88,7 +102,7 @@ def search(name: str, table: Table, engine: str, seed: int) -> dict[str, object]
     corner = corner_of(name, table)
     whole = hypervolume(table.values(list(table.rows)), corner)
     start = time.process_time()
-    order = table.replay(engine, budget=max(AT), seed=seed, reference=corner)
+    order = table.replay(engine, budget=BUDGETS.get(name, max(AT)), seed=seed, reference=corner)
     seconds = time.process_time() - start
     shares = hypervolume_history(table.values(order), corner) / whole
     until = {f"to_{level}": int(np.argmax(shares >= level / 100)) + 1 if shares[-1] >= level / 100 else None
@@ -109,9 +123,9 @@ def summarise(lines: list[dict]) -> str:
             low, middle, high = np.quantile([line["shares"][str(count)] for line in found], (0.25, 0.5, 0.75))
             cells.append(f"{middle:.4f} ({low:.4f} to {high:.4f})")
         for level in (95, 99):
-            reached = sorted(line[f"to_{level}"] or max(AT) + 1 for line in found)
-            middle = statistics.median(reached)
-            cells.append(f"{middle:g}" if middle <= max(AT) else f"> {max(AT)}")
+            budget = BUDGETS.get(table, max(AT))
+            middle = statistics.median(line[f"to_{level}"] or budget + 1 for line in found)
+            cells.append(f"{middle:g}" if middle <= budget else f"> {budget}")
         seconds = statistics.median(line["seconds"] for line in found)
         text.append(f"| {table} | {engine} | {len(found)} | " + " | ".join(cells) + f" | {seconds:.1f} |")
     return "\n".join(text) + "\n"
@@ -139,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nas", type=Path, help="nas_bench_macro.csv (NAS-Bench-Macro)")
     parser.add_argument("--from", dest="run", type=Path, help="run folder of scripts/table.yaml")
+    parser.add_argument("--large", type=Path, help="run folder of scripts/table_large.yaml")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--engines", nargs="+", default=[name for name in ENGINES if name not in SKIPPED])
     parser.add_argument("--tables", nargs="+", help="only these, and what is known of the others")
@@ -152,11 +167,12 @@ def main() -> None:
         scratch.unlink()
     if arguments.nas:
         tables["nas_bench_macro"] = load_table(arguments.nas, ("error_percent", "flops"))
-    demo = ROOT / "results" / "tables" / "denoise_demo.csv"
-    if arguments.run:
-        write_measured(arguments.run, demo)
-    if demo.exists():
-        tables["denoise_demo"] = load_table(demo, ("psnr_drop_db", "latency_ms@one"))
+    for name, run, columns in (("denoise_demo", arguments.run, ()), (LARGE, arguments.large, OBJECTIVES)):
+        path = ROOT / "results" / "tables" / f"{name}.csv"
+        if run:
+            write_measured(run, path, columns)
+        if path.exists():
+            tables[name] = load_table(path, OBJECTIVES)
     known = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()] if record.exists() else []
     done = {(line["table"], line["engine"], line["seed"]) for line in known}
     for seed, name, engine in itertools.product(range(arguments.seeds), arguments.tables or tables, arguments.engines):
