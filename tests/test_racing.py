@@ -82,6 +82,19 @@ def test_what_is_cheaper_or_may_be_better_is_never_stopped() -> None:
     assert Race([], ("macs",)).judge(worse, {"macs": 5.0}) is None
 
 
+def test_images_that_happen_to_agree_stop_nothing() -> None:
+    """Front members differ by tenths of a dB from image to image; three images on which a genotype lacks 0.02 dB of one of
+    them, again and again, say less than their own spread does. A lack of 1 dB is told by as few.
+    """
+    rng = np.random.default_rng(0)
+    members = 30 + rng.normal(0, 2, 12) + rng.normal(0, 0.1, (6, 12))
+    front = [Measurement((index,), {"psnr_drop_db": 1.0, "macs": 5.0}, tuple(psnr_db))
+             for index, psnr_db in enumerate(members)]
+    subject, spread = Race(front, ("macs",)), np.array([1e-4, -1e-4, 0.0])
+    assert subject.judge((members[0, :3] - 0.02 + spread).tolist(), {"macs": 5.0}) is None
+    assert subject.judge((members[0, :3] - 1.0 + spread).tolist(), {"macs": 5.0})
+
+
 def test_the_front_to_beat_follows_from_whole_batches_alone_and_from_what_may_still_be_searched() -> None:
     """Whoever shares a batch or goes on with it after a kill races against the same rivals."""
     table = list(read_table().values())[:20]
