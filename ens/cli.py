@@ -141,7 +141,9 @@ def finetune(run: given.Run, pick: given.Pick = "knee", candidates: given.Candid
         folder = given.open_run(run, recipe, storage=storage, restart=restart)
         best = pipeline.finetune(folder, pick, control)
     print_tuned(folder, list(folder.archive.tuned))
-    say(f"Best on the validation images: {format_genotype(best)}\n{folder.best_tuned(best)}")
+    say(f"Best on the validation images: {format_genotype(best)}")
+    if path := folder.best_tuned(best):  # on another machine where the archive is shared
+        say(str(path))
 
 
 @app.command(epilog=given.show_examples("export"))
@@ -216,7 +218,7 @@ def evaluate(
         results = pipeline.evaluate(checkpoint, data, job, control, protocol=protocol, crop_px=crop, limit=limit,
                                     threads=threads, runtime=runtime, tile_px=tile, overlap_px=tile_overlap,
                                     create=given.find_network(network, options, job.scale))
-    print_evaluation(results, str(job), as_json=as_json)
+    print_evaluation(results, job, as_json=as_json)
     if broken := results[0].broken:
         complain(f"error: {checkpoint}: {broken}")
         raise typer.Exit(1)

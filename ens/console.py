@@ -29,6 +29,7 @@ from ens.runtime.process import Control, Interrupted, Stop, StopNow, format_dura
 from ens.space import Genotype, format_genotype
 
 if TYPE_CHECKING:
+    from ens.data.task import Task
     from ens.evaluate.evaluator import Evaluation
     from ens.pareto.selection import Front
     from ens.run_folder import RunFolder
@@ -177,11 +178,11 @@ def print_tuned(folder: RunFolder, genotypes: Sequence[Genotype]) -> None:
         show(table)
 
 
-def print_evaluation(results: Sequence[Evaluation], task: str, *, as_json: bool) -> None:
+def print_evaluation(results: Sequence[Evaluation], task: Task, *, as_json: bool) -> None:
     """Scores of every image, and the means by every protocol."""
     first = results[0]
     if as_json:
-        show_json({"data": first.fingerprint, "task": task, "protocols": [
+        show_json({"data": first.fingerprint, "task": dict(asdict(task), name=task.name), "protocols": [
             {"protocol": result.protocol, "gain_db": result.gain_db,
              **dict(zip(("psnr_db", "ssim", "input_psnr_db"), result.means(), strict=True)),
              "images": [{"name": name, "psnr_db": score.psnr_db, "ssim": score.ssim} for name, score in

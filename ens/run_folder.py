@@ -145,6 +145,7 @@ class RunFolder(OpenedStudy):
     @cached_property
     def ends(self) -> Baseline:
         """What teacher and doing nothing reach on the validation images; ValueError where no search can use that."""
+        self.say(f"the teacher restores {len(self.validation.images)} validation images")
         teacher = list_psnr_db(copy.deepcopy(self.teacher).to(self.device), self.validation, self.protocol)
         return Baseline(teacher, list_input_psnr_db(self.validation, self.protocol), {}).check()
 

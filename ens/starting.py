@@ -118,7 +118,7 @@ def init(
                         bounds=goals, folder=out.parent)
     values = {"name": out.stem, "network": named, **draft.values,
               "teacher": relate_teacher(teacher, out.parent) if teacher else ""}
-    command = spell("run", str(out), "--out", "run")
+    command = spell("run", str(out), "--out", "run" if out.stem == "study" else out.stem)
     text = comment_study(values, draft.notes, ["Written by `ens init`; every key there is. Next:", command])
     write_atomic(out, text.encode())
     try:

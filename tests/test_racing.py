@@ -83,8 +83,8 @@ def test_what_is_cheaper_or_may_be_better_is_never_stopped() -> None:
 
 
 def test_images_that_happen_to_agree_stop_nothing() -> None:
-    """Front members differ by tenths of a dB from image to image; three images on which a genotype lacks 0.02 dB of one of
-    them, again and again, say less than their own spread does. A lack of 1 dB is told by as few.
+    """Front members differ by tenths of a dB from image to image; three images on which a genotype lacks 0.02 dB of one
+    of them, again and again, say less than their own spread does. A lack of 1 dB is told by as few.
     """
     rng = np.random.default_rng(0)
     members = 30 + rng.normal(0, 2, 12) + rng.normal(0, 0.1, (6, 12))
