@@ -321,6 +321,7 @@ def test_what_is_printed_as_json_is_what_the_table_says(run_cli: Callable[..., i
     table = capsys.readouterr().out
     assert run_cli(*images, "--json") == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["task"] == {"name": "denoise", "sigma_255": 25.0, "validation_sigma_255": None}
     for result in found["protocols"]:
         psnrs = [image["psnr_db"] for image in result["images"]]
         assert len(psnrs) > 2 and result["psnr_db"] == pytest.approx(sum(psnrs) / len(psnrs))

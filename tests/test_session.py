@@ -107,6 +107,15 @@ def test_one_bad_file_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
         assert np.array_equal(read_photo(target / name).pixels, read_photo(source / name).pixels)
 
 
+def test_progress_tells_what_is_done_of_an_image_in_tiles(tmp_path: Path) -> None:
+    write_photo(tmp_path / "a.png", Photo(np.zeros((200, 80, 3), np.uint8)))
+    seen: list[tuple[int, str]] = []
+    assert not restore_files(session(), tmp_path / "a.png", tmp_path / "out.png", tile_px=64,
+                             on_progress=lambda done, total, name: seen.append((done, name)))
+    assert seen[0] == (0, "a.png, 24%") and seen[-1] == (1, "a.png") and len(seen) > 3
+    assert [name for _, name in seen[:-1]] == sorted(name for _, name in seen[:-1])
+
+
 def test_a_restored_image_that_is_nan_leaves_no_file(tmp_path: Path) -> None:
     write_photo(tmp_path / "in.png", photo(3, np.uint8))
     broken = Session(lambda image: image / 0 * 0, 8, 1, 3, {})

@@ -184,7 +184,8 @@ def restore_photo(session: Session, photo: Photo, *, tile_px: int | None = None,
     return _restore(session, photo, tiles, on_event or (lambda line: None))
 
 
-def _restore(session: Session, photo: Photo, tiles: Tiles | None, say: Callable[[str], None]) -> Photo:
+def _restore(session: Session, photo: Photo, tiles: Tiles | None, say: Callable[[str], None],
+             on_part: Callable[[float], None] = lambda part: None) -> Photo:
     if session.channels not in (1, 3):
         raise ValueError(f"the network takes {session.channels} channels; photos have 1 or 3")
     (height, width, channels), dtype = photo.pixels.shape, photo.pixels.dtype
@@ -200,6 +201,8 @@ def _restore(session: Session, photo: Photo, tiles: Tiles | None, say: Callable[
         for first in range(0, rows.shape[-2], _STRIP_PX):
             strip = to_pixels(rows[0, :, first:first + _STRIP_PX].numpy().transpose(1, 2, 0), dtype.type)
             restored[top + first:top + first + len(strip)] = strip
+        if (done := top + rows.shape[-2]) < len(restored):
+            on_part(done / len(restored))
 
     planes = _Planes(gray=session.channels == 1, count=channels if session.channels == 1 else 1)
     restore_within_memory(planes.restore([session.run] * planes.count), read, write, height=height, width=width,
@@ -253,9 +256,9 @@ def restore_files(session: Session, source: str | Path, target: str | Path, *, t
     """Restore an image file, or every image of a folder into another under the same names; return the failures.
 
     A failed image leaves no output and the rest go on. `on_event` gets a line for what is passed over, not kept or
-    done otherwise than asked, `on_progress` (done, total, name). Raises ValueError for tiles that cannot be or when a
-    source would be overwritten, FileNotFoundError or ValueError for a folder that is absent or without images, OSError
-    where the disk is full.
+    done otherwise than asked, `on_progress` (done, total, name, in tiles with what is done of it). Raises ValueError
+    for tiles that cannot be or when a source would be overwritten, FileNotFoundError or ValueError for a folder that is
+    absent or without images, OSError where the disk is full.
     """
     source, target, say = Path(source), Path(target), on_event or (lambda line: None)
     paths = list_images(source) if source.is_dir() else [source]
@@ -268,14 +271,14 @@ def restore_files(session: Session, source: str | Path, target: str | Path, *, t
         say(f"restore: passed over {', '.join(skipped)}")
     into_folder = source.is_dir() or target.is_dir()
     (target if into_folder else target.parent).mkdir(parents=True, exist_ok=True)
-    failures = []
+    show, failures = on_progress or (lambda done, total, note: None), []
     for index, path in enumerate(paths):
         try:
-            _restore_file(session, path, target / name_output(path) if into_folder else target, tiles, say)
+            _restore_file(session, path, target / name_output(path) if into_folder else target, tiles, say,
+                          lambda part, at=index, name=path.name: show(at, len(paths), f"{name}, {part:.0%}"))
         except (ImageError, MemoryError, RuntimeError, ValueError) as error:
             failures.append(_name_failure(path, error))
-        if on_progress is not None:
-            on_progress(index + 1, len(paths), path.name)
+        show(index + 1, len(paths), path.name)
     return failures
 
 
@@ -286,10 +289,12 @@ def _check_target(source: Path, target: Path, paths: list[Path]) -> None:
         raise ValueError(f"{source} would be overwritten; give another target than {target}")
 
 
-def _restore_file(session: Session, path: Path, target: Path, tiles: Tiles | None, say: Callable[[str], None]) -> None:
+def _restore_file(session: Session, path: Path, target: Path, tiles: Tiles | None, say: Callable[[str], None],
+                  on_part: Callable[[float], None]) -> None:
     photo = read_photo(path)
     check_writable(target, photo, upscale=session.upscale)
-    photo = _restore(session, photo, tiles, say)  # frees the pixels that were read before the new ones are encoded
+    # Frees the pixels that were read before the new ones are encoded.
+    photo = _restore(session, photo, tiles, say, on_part)
     if lost := (*photo.metadata.lost, *write_photo(target, photo)):
         say(f"{show_name(path.name)}: not kept: {', '.join(lost)}")
 
