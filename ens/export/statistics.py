@@ -56,7 +56,7 @@ def share_in_torch(run: Restore, size_multiple: int, channels: int) -> Share:
     def share(tiles: Iterable[Tensor]) -> Restore:
         first = next(iter(tiles))
         sizes = probe_sizes((first.shape[-2], first.shape[-1]), size_multiple)
-        small, large = (_list_operators(run, torch.rand(1, channels, *size)) for size in sizes)
+        small, large = (_list_operators(run, torch.zeros(1, channels, *size)) for size in sizes)
         here = _list_operators(run, first)
         found = [place for place, (one, other) in enumerate(zip(small, large, strict=False))
                  if one.inputs != other.inputs and one.outputs and one.outputs == other.outputs]
