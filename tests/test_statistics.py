@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ens.blocks import FAMILIES
 from ens.data.images import Photo
 from ens.export.formats import write_checked
-from ens.export.statistics import probe_sizes, share_in_torch
+from ens.export.statistics import other_size, share_in_torch
 from ens.runtime.session import Session, open_session, restore_photo
 
 WITH_STATISTICS = ("restormer", "dat", "vssd", "conv", "half", "rlmb")
@@ -114,9 +114,7 @@ def test_a_gray_network_shares_by_colour(channels: int) -> None:
     assert np.array_equal(together, np.concatenate(alone, -1)) and np.abs(together.astype(int) - whole).max() <= 1
 
 
-def test_the_probes_are_padded_as_the_tile_is() -> None:
-    for tile, multiple in (((256, 256), 8), ((250, 64), 2), ((96, 97), 1), ((120, 72), 24)):
-        small, large = probe_sizes(tile, multiple)
-        for axis in (0, 1):
-            assert small[axis] < large[axis] and small[axis] % multiple == large[axis] % multiple == 0
-            assert (small[axis] - tile[axis]) % 64 == (large[axis] - tile[axis]) % 64 == 0
+@pytest.mark.parametrize(("tile", "multiple"), [((256, 64), 8), ((250, 32), 2), ((96, 97), 1), ((120, 192), 24)])
+def test_the_other_size_is_padded_as_the_tile_is(tile: tuple[int, int], multiple: int) -> None:
+    for side, other in zip(tile, other_size(tile, multiple), strict=True):
+        assert other != side and other % multiple == 0 and (other - side) % 64 == 0

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor
 
-from ens.export.statistics import PASSES, Restore, Share, mean_of, probe_sizes
+from ens.export.statistics import PASSES, Restore, Share, mean_of, other_size
 
 Array = NDArray[Any]
 Feed = Mapping[str, Array]
@@ -108,10 +108,10 @@ def _find_statistics(path: Path, open_graph: OpenGraph, tile: tuple[int, int]) -
     model.graph.extend(shapes)
     model.graph.outputs[:] = [node.outputs[0] for node in shapes]
     images = [np.zeros((1, int(facts["channels"]), *size), np.float32)
-              for size in probe_sizes(tile, int(facts["size_multiple"]))]
+              for size in (tile, other_size(tile, int(facts["size_multiple"])))]
     read = open_graph(_encode(model))
-    small, large = (dict(zip(values, read({"image": image}), strict=True)) for image in images)
-    grows = {"image", *(name for name in values if not np.array_equal(small[name], large[name]))}
+    here, there = (dict(zip(values, read({"image": image}), strict=True)) for image in images)
+    grows = {"image", *(name for name in values if not np.array_equal(here[name], there[name]))}
     found = [name for name, value in values.items() if name not in grows and value.uses()
              and any(given is not None and given.name in grows for given in _inputs(value))]
     known = open_graph(_graph_of(path, found))({"image": images[0]}) if found else []

@@ -32,11 +32,10 @@ PASSES = 2
 """The first pass has statistics that follow another one of tiles with their own; the second of tiles that share."""
 
 
-def probe_sizes(tile: tuple[int, int], size_multiple: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Two sizes (height, width), no side of which is the same, that a network pads as it pads the tile's."""
+def other_size(tile: Sequence[int], size_multiple: int) -> tuple[int, ...]:
+    """Sides unlike the tile's, as small as can be, that a network pads as it pads those."""
     step = math.lcm(_STEP_PX, size_multiple)
-    small, large = (tuple(side % step + times * step for side in tile) for times in (1, 2))
-    return (small[0], small[1]), (large[0], large[1])
+    return tuple(side % step + (2 if side // step == 1 else 1) * step for side in tile)
 
 
 def mean_of(lists: Iterable[Sequence[Tensor]]) -> list[Tensor]:
@@ -55,17 +54,16 @@ def share_in_torch(run: Restore, size_multiple: int, channels: int) -> Share:
     """
     def share(tiles: Iterable[Tensor]) -> Restore:
         first = next(iter(tiles))
-        sizes = probe_sizes((first.shape[-2], first.shape[-1]), size_multiple)
-        small, large = (_list_operators(run, torch.zeros(1, channels, *size)) for size in sizes)
-        here = _list_operators(run, first)
-        found = [place for place, (one, other) in enumerate(zip(small, large, strict=False))
+        here, there = (_list_operators(run, image) for image in (
+            first, torch.zeros(1, channels, *other_size(first.shape[-2:], size_multiple))))
+        found = [place for place, (one, other) in enumerate(zip(here, there, strict=False))
                  if one.inputs != other.inputs and one.outputs and one.outputs == other.outputs]
-        if not found or not [one.name for one in small] == [one.name for one in large] == [one.name for one in here]:
+        if not found or [one.name for one in here] != [one.name for one in there]:
             return run
         fixed: _Fixed = {}
         for _ in range(PASSES):
             means = iter(mean_of(_read_outputs(run, tile, found, fixed) for tile in tiles))
-            fixed = {place: (small[place].name, [next(means) for _ in small[place].outputs]) for place in found}
+            fixed = {place: (here[place].name, [next(means) for _ in here[place].outputs]) for place in found}
         return lambda tile: _run_with(run, tile, fixed)
     return share
 

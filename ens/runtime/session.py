@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -275,11 +276,15 @@ def restore_files(session: Session, source: str | Path, target: str | Path, *, t
     for index, path in enumerate(paths):
         try:
             _restore_file(session, path, target / name_output(path) if into_folder else target, tiles, say,
-                          lambda part, at=index, name=path.name: show(at, len(paths), f"{name}, {part:.0%}"))
+                          functools.partial(_show_part, show, index, len(paths), path.name))
         except (ImageError, MemoryError, RuntimeError, ValueError) as error:
             failures.append(_name_failure(path, error))
         show(index + 1, len(paths), path.name)
     return failures
+
+
+def _show_part(show: Callable[[int, int, str], None], done: int, total: int, name: str, part: float) -> None:
+    show(done, total, f"{name}, {part:.0%}")
 
 
 def _check_target(source: Path, target: Path, paths: list[Path]) -> None:
