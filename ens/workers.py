@@ -71,8 +71,8 @@ def _measure(run: RunFolder, control: Control, jobs: int, threads: int, determin
         if jobs > 1:
             _run_jobs(run, archive, control, jobs, threads, deterministic)
         else:
-            _work(run, archive, jobs=1, deterministic=deterministic, ray=ray, progress=lambda done, total: _report(
-                control, archive, done, total))
+            _work(run, archive, jobs=1, deterministic=deterministic, spread=control.should_stop if ray else None,
+                  progress=lambda done, total: _report(control, archive, done, total))
         if (done := len(archive.known())) < run.budget and run.study.search.patience:
             control.say(f"search: ended at {done}: the front has not grown for {run.study.search.patience} evaluations")
         if fit := describe_fit(run.space.sizes, archive.measurements()):
@@ -80,13 +80,16 @@ def _measure(run: RunFolder, control: Control, jobs: int, threads: int, determin
 
 
 def _work(run: RunFolder, archive: Archive, *, jobs: int, deterministic: bool,
-          progress: Callable[[int, int], None], ray: bool = False) -> None:
-    """One worker of at least `jobs`: ask, claim, measure, record, until the budget is spent."""
+          progress: Callable[[int, int], None], spread: Callable[[], bool] | None = None) -> None:
+    """One worker of at least `jobs`: ask, claim, measure, record, until the budget is spent.
+
+    It measures on the Ray cluster where `spread` is given, which says whether to stop.
+    """
     settings, bounded = run.study.search, run.bounded
 
     def evaluate(batch: list[Genotype]) -> Iterator[Measurement]:
         race = _start_race(run, archive, bounded) if settings.race else None
-        return _evaluate_spread(run, batch, race) if ray else run.evaluator.evaluate(batch, race)
+        return _evaluate_spread(run, batch, race, spread) if spread else run.evaluator.evaluate(batch, race)
 
     share_search(engine=run.build_engine(), objectives=settings.objectives, board=archive, evaluate=evaluate,
                  budget=run.budget, batch_size=settings.batch_size, patience=settings.patience, workers=jobs,
@@ -209,7 +212,8 @@ def distill_missing(run: RunFolder, control: Control) -> None:
     slots = list(dict.fromkeys(spec.name for spec, _ in run.missing_jobs))
     control.say(f"distill: {run.ends.describe()}")
     control.progress("distill", 0, len(slots), "slots")
-    for done, part in enumerate(_spread(run, _distill_there, [(slot,) for slot in slots], control.should_stop), 1):
+    parts = _spread(run, _distill_there, [(slot,) for slot in slots], "distill", control.should_stop)
+    for done, part in enumerate(parts, 1):
         run.library.absorb(open_library(part))
         control.progress("distill", done, len(slots), "slots")
 
@@ -228,14 +232,15 @@ def _distill_there(there: _There, slot: str) -> Path:
     return root
 
 
-def _evaluate_spread(run: RunFolder, batch: Sequence[Genotype], race: Race | None) -> Iterator[Measurement]:
+def _evaluate_spread(run: RunFolder, batch: Sequence[Genotype], race: Race | None,
+                     should_stop: Callable[[], bool]) -> Iterator[Measurement]:
     """Measurements of a batch in its order; each process of the cluster has neighbours, which share prefixes."""
     import ray
 
     processes = max(1, int(ray.cluster_resources()["CPU"]) // torch.get_num_threads())
     size = math.ceil(len(batch) / processes)
     parts = [(run.baseline, batch[start:start + size], race) for start in range(0, len(batch), size)]
-    for measured in _spread(run, _evaluate_there, parts):
+    for measured in _spread(run, _evaluate_there, parts, "search", should_stop):
         yield from measured
 
 
@@ -258,8 +263,11 @@ _open_once = functools.lru_cache(maxsize=1)(_open)
 
 
 def _spread(run: RunFolder, work: Callable[..., _Result], tasks: Sequence[tuple[Any, ...]],
-            should_stop: Callable[[], bool] = lambda: False) -> Iterator[_Result]:
-    """What `work` returns of every task, in order. What a node had at hand when it died, another does again."""
+            verb: str, should_stop: Callable[[], bool]) -> Iterator[_Result]:
+    """What `work` returns of every task, in order. What a node had at hand when it died, another does again.
+
+    Raises Interrupted, of the verb, where it should stop; what is still out is then lost.
+    """
     import ray
 
     there = (run.path.resolve(), tuple(list_imports()))
@@ -267,7 +275,7 @@ def _spread(run: RunFolder, work: Callable[..., _Result], tasks: Sequence[tuple[
     for waited in [remote.remote(there, *task) for task in tasks]:
         while not ray.wait([waited], timeout=_LOOK_S)[0]:
             if should_stop():
-                raise Interrupted("distill")
+                raise Interrupted(verb)
         try:
             yield ray.get(waited)
         except ray.exceptions.RayTaskError as error:

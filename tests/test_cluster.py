@@ -11,10 +11,10 @@ import ray
 from ray.cluster_utils import Cluster
 from test_pipeline import STUDY
 
-from ens import pipeline
+from ens import pipeline, workers
 from ens.config import StudyConfig, load_study
 from ens.run_folder import RunFolder
-from ens.runtime.process import Control
+from ens.runtime.process import Control, Interrupted
 from ens.workers import join_cluster
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
-def test_a_cluster_that_loses_a_node_distils_and_finds_what_one_process_does(tmp_path: Path, cluster: Any) -> None:
+def test_a_cluster_that_loses_a_node_distils_and_finds_what_one_process_does(
+        tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     study, lost = make_study(tmp_path), list[str]()
     run = RunFolder.start(study, tmp_path / "there")
 
@@ -59,6 +60,11 @@ def test_a_cluster_that_loses_a_node_distils_and_finds_what_one_process_does(tmp
 
     join_cluster(cluster.address)
     pipeline.distill_spread(run, lose_when(lambda: len(list(run.path.glob("library.*/manifest.json"))) == 2, "distill"))
+    # Ctrl-C while every process of the cluster is at work.
+    monkeypatch.setattr(workers, "_LOOK_S", 0.01)
+    with pytest.raises(Interrupted):
+        pipeline.search(run, Control(should_stop=lambda: True), ray=True)
+    assert not run.archive.known()
     found = pipeline.search(run, lose_when(lambda: run.has_archive and bool(run.archive.known()), "search"), ray=True)
     assert lost == ["distill", "search"]
     alone = RunFolder.start(study, tmp_path / "here")
