@@ -55,7 +55,7 @@ def train(run: RunFolder, control: Control = QUIET) -> None:
 def distill(run: RunFolder, control: Control = QUIET) -> Library:
     """Align every surrogate of the space with its slot of the teacher; returns the library."""
     train(run, control)
-    library = run.library
+    library = run.library.take_parts() if run.missing_jobs else run.library
     if not run.missing_jobs:
         control.say(f"distill: skipped, all {len(run.jobs)} surrogates are in {library.root.name}")
         remove_state(run.distill_state)

@@ -81,6 +81,17 @@ def test_an_interrupted_distillation_ends_with_the_same_library(tmp_path: Path, 
     assert not (tmp_path / "halves" / "training.pt").exists()
 
 
+def test_what_a_killed_driver_of_a_cluster_left_beside_the_library_is_taken(tmp_path: Path) -> None:
+    network, steps = teacher(), {"steps": 1}
+    library = create_library(tmp_path / "library", network, task="t", recipe=steps)
+    part = create_library(tmp_path / "library.latent", network, task="t", recipe=steps)
+    other = create_library(tmp_path / "library.encoder_level1", network, task="t", recipe={"steps": 2})
+    assert distill(network, part, steps=1, jobs=JOBS[2:]) and distill(network, other, steps=2, jobs=JOBS[:2])
+    found = dict(part.surrogates)
+    assert open_library(tmp_path / "library").take_parts().surrogates == found
+    assert open_library(library.root).surrogates == found and [path.name for path in tmp_path.iterdir()] == ["library"]
+
+
 def test_an_unfinished_distillation_is_not_continued_with_another_recipe(tmp_path: Path) -> None:
     network = teacher()
     library = create_library(tmp_path / "lib", network, task="t", recipe={})

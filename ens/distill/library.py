@@ -199,6 +199,18 @@ class Library:
                        failed=entry.failed)
         shutil.rmtree(part.root)
 
+    def take_parts(self) -> Library:
+        """Absorb what processes of a cluster had finished, each in a library beside this one, when their driver was
+        killed; parts of another teacher or recipe go. Returns the library itself.
+        """
+        for manifest in sorted(self.root.parent.glob(f"{self.root.name}.*/manifest.json")):
+            part = open_library(manifest.parent)
+            if part.teacher_sha256 == self.teacher_sha256 and _same(part.manifest.recipe, self.manifest.recipe):
+                self.absorb(part)
+            else:
+                shutil.rmtree(part.root)
+        return self
+
     def store_verdicts(self, verdicts: Mapping[str, Mapping[str, EdgeVerdict]]) -> None:
         """Keep verdicts on kinds of blocks in the manifest; of a library that ships nothing is written."""
         new = {kind: dict(found) for kind, found in verdicts.items() if kind not in self.manifest.edge and found}
@@ -212,6 +224,10 @@ class Library:
 
     def _path(self, slot: str, choice: Choice) -> Path:
         return self.root / slot / f"{choice.file_stem}.safetensors"
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)  # tuples are lists in a file
 
 
 def create_library(root: Path, teacher: Network, *, task: str, recipe: Mapping[str, Any],
