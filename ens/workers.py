@@ -194,6 +194,7 @@ def join_cluster(address: str) -> None:
         import ray
     except ModuleNotFoundError:
         raise ValueError("--ray needs the Python package ray, which is not installed: pip install 'ens[ray]'") from None
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it writes into the terminal when a search is stopped
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
@@ -210,6 +211,8 @@ def distill_missing(run: RunFolder, control: Control) -> None:
     Each slot has a library of its own meanwhile, where what a dead node had begun is gone on with.
     """
     slots = list(dict.fromkeys(spec.name for spec, _ in run.missing_jobs))
+    if not slots:
+        return
     control.say(f"distill: {run.ends.describe()}")
     control.progress("distill", 0, len(slots), "slots")
     parts = _spread(run, _distill_there, [(slot,) for slot in slots], "distill", control.should_stop)
