@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_formats import SCANS, OneSlot
+from test_formats import OneSlot
 from torch import Tensor, nn
 
 from ens.blocks import FAMILIES
@@ -56,8 +56,8 @@ def test_tiles_that_share_give_what_the_whole_image_gives_where_nothing_else_rea
     assert (parts[0] - whole).abs().max() < 0.2 * (own.tiled(32, 8).restore(image) - whole).abs().max()
 
 
-@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow if family in SCANS else ())
-                                    for family in FAMILIES])
+@pytest.mark.parametrize("family", [pytest.param(family, marks=() if family in ("restormer", "conv", "rep") else
+                                                 pytest.mark.slow) for family in FAMILIES])
 def test_every_family_s_tiles_share_what_they_have(tmp_path: Path, family: str) -> None:
     """PyTorch and ONNX Runtime, in which statistics are found in different ways, restore the same; sharing changes
     those families alone that are known to have any, and brings them nearer to the whole image.
