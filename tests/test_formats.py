@@ -39,6 +39,8 @@ EDGE = ("restormer", "ssd", "vssd", "conv", "plk", "identity")
 """Families that keep the edge operator contract."""
 SCANS = [family for family in FAMILIES if any(isinstance(module, DirectionalScan | MambaMixer)
                                               for module in create_stack(family, 16, 1).modules())]
+SLOW = ("ssd", "dat", *SCANS)
+"""Families whose export takes long."""
 
 
 class OneSlot(Network):
@@ -255,7 +257,7 @@ def flat_images() -> dict[str, Tensor]:
     return {"black": black, **flat, "half": half}
 
 
-@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow if family in ("ssd", *SCANS) else ())
+@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow if family in SLOW else ())
                                     for family in FAMILIES])
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])  # those with free sides
 def test_flat_images_come_out_finite_and_equal_whole_and_in_tiles(tmp_path: Path, family: str, suffix: str) -> None:

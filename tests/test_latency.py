@@ -91,6 +91,7 @@ def test_slots_that_differ_in_nothing_share_a_file_and_sizes_share_it_too() -> N
     assert len(plan.groups[0]) == 3, "the rest and two hybrids"
 
 
+@pytest.mark.slow
 def test_a_bundle_runs_without_ens_and_its_results_are_a_table(tmp_path: Path) -> None:
     with torch.device("meta"):
         network = create_network("restormer", **OPTIONS)
