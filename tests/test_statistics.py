@@ -101,6 +101,16 @@ def test_files_of_a_fixed_size_and_networks_whose_steps_depend_on_the_size_keep_
     assert torch.equal(rows.tiled(64, 24).restore(image), replace(rows, share=None).tiled(64, 24).restore(image))
 
 
+def test_a_network_that_takes_the_tile_s_size_alone_still_restores_in_tiles() -> None:
+    def picky(x: Tensor) -> Tensor:
+        if x.shape[-1] != 96:
+            raise RuntimeError("96 px, please")
+        return x - x.mean((2, 3), keepdim=True)
+
+    session, image = in_torch(picky), two_scenes()
+    assert torch.equal(session.tiled(96, 8).restore(image), replace(session, share=None).tiled(96, 8).restore(image))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_gray_network_shares_by_colour(channels: int) -> None:
     """Each colour is restored as a photo of that colour alone is."""

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ens.export.failures import raise_shortage
+
 Restore = Callable[[Tensor], Tensor]
 Share = Callable[[Iterable[Tensor]], Restore]
 """Tiles (1, C, h, w) of one size, which may be gone through again -> what restores tiles of that size with the mean of
@@ -50,12 +52,16 @@ def mean_of(lists: Iterable[Sequence[Tensor]]) -> list[Tensor]:
 
 def share_in_torch(run: Restore, size_multiple: int, channels: int) -> Share:
     """Share the statistics of what PyTorch runs operator by operator. The order of the operators tells which is which:
-    where it depends on the size (a loop over rows), `run` stays as it is.
+    where it depends on the size (a loop over rows), or no size but the tile's runs, `run` stays as it is.
     """
     def share(tiles: Iterable[Tensor]) -> Restore:
         first = next(iter(tiles))
-        here, there = (_list_operators(run, image) for image in (
-            first, torch.zeros(1, channels, *other_size(first.shape[-2:], size_multiple))))
+        here = _list_operators(run, first)
+        try:
+            there = _list_operators(run, torch.zeros(1, channels, *other_size(first.shape[-2:], size_multiple)))
+        except Exception as failure:  # somebody's own network may raise anything
+            raise_shortage(failure)
+            return run
         found = [place for place, (one, other) in enumerate(zip(here, there, strict=False))
                  if one.inputs != other.inputs and one.outputs and one.outputs == other.outputs]
         if not found or [one.name for one in here] != [one.name for one in there]:
