@@ -25,14 +25,14 @@ from ens.space import Choice, parse_choice
 CHANNELS = 16
 
 
-def measure_error(family: str, name: str, folder: Path) -> float:
-    """Largest ‖a−b‖/‖b‖ over three sizes of one block in a format of EXPORTS, run in its runtime."""
+def measure_error(family: str, name: str, folder: Path, sizes: Sequence[tuple[int, int]] = SIZES_PX) -> float:
+    """Largest ‖a−b‖/‖b‖ over the sizes of one block in a format of EXPORTS, run in its runtime."""
     spec = SlotSpec("body", "body", CHANNELS, 1, 1, family, heads=2)
     torch.manual_seed(0)
     network = RowNetwork(create_filling(spec, Choice(family, 1)), CHANNELS).eval()
     (suffix, runtime), errors = EXPORTS[name], []
     fixed = FORMATS[suffix].default_size is not None
-    for size in SIZES_PX:
+    for size in sizes:
         path = folder / f"{family}-{size if fixed else 'any'}{suffix}"
         if not path.exists():
             given = size if fixed else None

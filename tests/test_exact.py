@@ -11,7 +11,7 @@ import pytest
 from ens.pareto.front import hypervolume
 from ens.search import create_engine
 from ens.search.exact import ExactEngine, _Chooser
-from ens.search.predictor import Predictor, learn_variances
+from ens.search.predictor import Predictor, learn
 from ens.space import Choice, Genotype, SearchSpace, Slot, Tally
 
 
@@ -35,7 +35,7 @@ def test_the_expected_improvement_is_the_mean_over_what_may_be_measured(num_cost
     genotypes = list(itertools.product(range(3), repeat=3))
     measured, asked = genotypes[::3], [genotypes[1], genotypes[14], genotypes[26]]
     drops = np.array([0.3 * sum(genotype) + rng.normal(0, 0.1) for genotype in measured])
-    predictor = Predictor(sizes, measured, drops, learn_variances(sizes, measured, drops))
+    predictor = Predictor(sizes, measured, drops, learn(sizes, measured, drops))
     costs = rng.uniform(0.2, 0.8, (len(asked), num_costs))
     points = np.column_stack([predictor.warp.warp(drops), rng.uniform(0.2, 1.0, (len(drops), num_costs))])
     corner = np.array([points[:, 0].max(), *[1.1] * num_costs])
@@ -52,13 +52,13 @@ def test_what_is_taken_for_measured_is_uncertain_no_more_and_its_relatives_less(
     sizes, rng = (3, 3, 3), np.random.default_rng(1)
     genotypes = list(itertools.product(range(3), repeat=3))
     measured, values = genotypes[:6], rng.normal(size=6)
-    predictor = Predictor(sizes, measured, values, learn_variances(sizes, measured, values))
+    learned = learn(sizes, measured, values)
+    predictor = Predictor(sizes, measured, values, learned)
     belief = predictor.predict(predictor._encoding.encode(genotypes))
     before, means = belief.deviations, belief.means.copy()
     belief.take(26)
     assert belief.deviations[26] < 0.7 * before[26] and np.all(belief.deviations <= before + 1e-9)
-    more = Predictor(sizes, [*measured, genotypes[26]], np.append(values, predictor.warp.unwarp(means[26:27])),
-                     predictor._theta)
+    more = Predictor(sizes, [*measured, genotypes[26]], np.append(values, predictor.warp.unwarp(means[26:27])), learned)
     assert np.array_equal(belief.means, means)
     again = more.predict(more._encoding.encode(genotypes)).deviations / more._scale
     assert again == pytest.approx(belief.deviations / predictor._scale, rel=1e-6)

@@ -13,7 +13,7 @@ from scipy.special import ndtr
 
 from ens.search.additive import find_additive_front
 from ens.search.ledger import Ledger
-from ens.search.predictor import Array, Belief, Encoding, Predictor, count_learned, learn_variances
+from ens.search.predictor import Array, Belief, Encoding, Learned, Predictor, count_learned, learn, liken
 from ens.space import Genotype, SearchSpace, Tally
 
 Entry = TypeVar("Entry")
@@ -42,7 +42,8 @@ class ExactEngine:
         self._ledger = Ledger(space, seed)
         self._predicted = next((index for index, tally in enumerate(costs) if tally is None), 0)
         self._costs, self._reference = self._sort(costs), None if reference is None else self._sort(reference)
-        self._learned: tuple[int, Array] = (0, np.zeros(0))
+        self._near = liken(space.sizes, [tally for tally in self._costs[1:] if tally is not None])
+        self._learned: tuple[int, Learned] | None = None
         self._startup = max(space.sizes) + len(space.slots) // 2 + 2
 
     def _sort(self, entries: Sequence[Entry]) -> list[Entry]:
@@ -91,9 +92,9 @@ class ExactEngine:
 
     def _predict(self, genotypes: Sequence[Genotype], values: Array) -> Predictor:
         sizes, count = self._ledger.space.sizes, count_learned(len(values))
-        if self._learned[0] != count:
-            self._learned = (count, learn_variances(sizes, genotypes[:count], values[:count]))
-        return Predictor(sizes, genotypes, values, self._learned[1])
+        if self._learned is None or self._learned[0] != count:
+            self._learned = (count, learn(sizes, genotypes[:count], values[:count], self._near))
+        return Predictor(sizes, genotypes, values, self._learned[1], self._near)
 
     def _corner(self, values: Array, costs: Array) -> Array:
         if self._reference is not None:

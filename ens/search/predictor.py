@@ -1,11 +1,14 @@
 """A predictor of one value of genotypes: what each choice does alone, in pairs and in triples, and how sure that is.
 
-Legend: N genotypes measured, M genotypes asked about, S slots, D choices of all slots together.
+Legend: N genotypes measured, M genotypes asked about, S slots, D choices of all slots together. What is learned is kept
+as logarithms, `theta`: S variances, the odds that choices of like costs are alike, the weights of pairs and of triples,
+and the noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +16,22 @@ from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 
 from ens.objectives import QUALITY
-from ens.space import Genotype, Measurement
+from ens.space import Genotype, Measurement, Tally
 
 Array = NDArray[np.float64]
 _START, _SPREAD = -1.0, 1.5
 """Logarithms of a slot's variance before anything is measured (of values scaled to variance 1): mean, deviation."""
-_ORDERS = (0.0, 0.0, -4.0)
-"""Of the weight of pairs, of triples, and of the noise; their deviation is 2."""
+_OTHERS = (0.0, 0.0, 0.0, -4.0)
+"""Of the odds, the weights of pairs and of triples, and the noise; their deviation is 2."""
+_FURTHEST = 5.0
+"""Deviations from those means at which learning stops, well before numbers overflow."""
+_BENDS, _BEND_SPREAD = (0.3, 1.0, 3.0), 1.5
+"""Scales of the warp that are tried, as multiples of the median's distance, and the deviation of their logarithm."""
+_REACH = 0.3
+"""Difference of costs, as a share of what a slot's choices span, over which likeness falls to 1/e."""
 _ITERATIONS = 30
 _GROWTH = 1.15
-"""From one learning of the variances to the next. They are learned of that many genotypes and no more, so a prediction
+"""From one learning to the next. Variances are learned of that many genotypes and no more, so a prediction
 follows from what was measured, in order, and not from how often it was asked for."""
 _MOST_LEARNED = 512
 """Genotypes that variances are learned of, at most: more would take minutes and tell nothing new of a number a slot."""
@@ -51,15 +60,29 @@ class Encoding:
         return rows
 
 
-class Warp:
-    """y -> s·log(1 + (y − least)/s), s from the least to the median: orders of magnitude above the best count little.
+def liken(sizes: Sequence[int], costs: Sequence[Tally]) -> Array:
+    """(D, D): from 0 to 1, how like the costs of two choices of one slot are; with none, a choice is like itself alone.
 
-    Values of genotypes have a long upper tail, and only their lower end matters to a front.
+    What costs as much often does as much: conv×1 and rep×1 are surrogates of one size.
+    """
+    slots = Encoding(sizes).slots
+    near = (slots[:, None] == slots).astype(float)
+    for row in (np.concatenate(tally.entries) for tally in costs):
+        spans = np.array([np.ptp(row[slots == slot]) or 1.0 for slot in range(len(sizes))])[slots]
+        near *= np.exp(-np.abs(row[:, None] - row) / (_REACH * spans))
+    return near if costs else np.eye(len(slots))
+
+
+class Warp:
+    """y -> s·log(1 + (y − least)/s): what lies orders of magnitude above the best counts little.
+
+    Values of genotypes have a long upper tail, and only their lower end matters to a front. s is `bend` times the
+    median's distance from the least.
     """
 
-    def __init__(self, values: Array) -> None:
+    def __init__(self, values: Array, bend: float) -> None:
         self._least = float(values.min())
-        self._scale = float(np.median(values)) - self._least or 1.0
+        self._scale = bend * (float(np.median(values)) - self._least) or 1.0
 
     def warp(self, values: Array) -> Array:
         return np.asarray(self._scale * np.log1p(np.maximum(values - self._least, 0.0) / self._scale))
@@ -67,22 +90,37 @@ class Warp:
     def unwarp(self, warped: Array) -> Array:
         return np.asarray(self._least + self._scale * np.expm1(warped / self._scale))
 
+    def slopes(self, values: Array) -> Array:
+        """Of `warp` at the values."""
+        return np.asarray(1.0 / (1.0 + np.maximum(values - self._least, 0.0) / self._scale))
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What `learn` found: `theta` (S + 4,) as at the head of this file, and the bend of the warp."""
+
+    theta: Array
+    bend: float
+
 
 class Predictor:
     """Gaussian process whose kernel is a sum over slots, pairs and triples of slots that hold the same choice.
 
     Additive Gaussian processes (Duvenaud, Nickisch and Rasmussen 2011, eq. 3 and the Newton-Girard formula of their
-    section 3.2), with a variance a slot, a weight for pairs and one for triples, and noise: `theta`, their maximum a
-    posteriori (`learn_variances`). Values (N,) must be finite; means and deviations are those of warped values.
+    section 3.2) of warped values (Snelson, Rasmussen and Ghahramani 2003), with a variance a slot, a weight for pairs
+    and one for triples, and noise. In the sum over slots, choices are alike as `near` (D, D; `liken`) says, as far as
+    that was learned. Values (N,) must be finite; means and deviations are those of warped values.
     """
 
-    def __init__(self, sizes: Sequence[int], genotypes: Sequence[Genotype], values: Array, theta: Array) -> None:
-        self._encoding, self._theta, self.warp = Encoding(sizes), theta, Warp(values)
+    def __init__(self, sizes: Sequence[int], genotypes: Sequence[Genotype], values: Array, learned: Learned,
+                 near: Array | None = None) -> None:
+        self._encoding, self._theta, self.warp = Encoding(sizes), learned.theta, Warp(values, learned.bend)
+        self._alike = _mix(np.eye(sum(sizes)), near, self._theta)
         self.x = self._encoding.encode(genotypes)
         warped = self.warp.warp(values)
         self._mean, self._scale = float(warped.mean()), float(warped.std()) or 1.0
         self._y = (warped - self._mean) / self._scale
-        covariance = self._kernel(self.x, self.x) + np.eye(len(self.x)) * (np.exp(theta[-1]) + _JITTER)
+        covariance = self._kernel(self.x, self.x) + np.eye(len(self.x)) * (np.exp(self._theta[-1]) + _JITTER)
         self._lower = cholesky(covariance, lower=True)
         self._alpha = cho_solve((self._lower, True), self._y)
         self._prior = float(self._kernel(self.x[:1], self.x[:1])[0, 0])
@@ -93,10 +131,11 @@ class Predictor:
         return float(np.exp(self._theta[-1])) * self._scale**2
 
     def _kernel(self, a: Array, b: Array) -> Array:
-        weight = np.exp(self._theta[:-3])[self._encoding.slots]
+        weight = np.exp(self._theta[:-4])[self._encoding.slots]
+        alone = (a * weight) @ self._alike @ b.T
         first, second, third = (a * weight) @ b.T, (a * weight**2) @ b.T, (a * weight**3) @ b.T
         pairs, triples = _join(first, second, third)
-        return np.asarray(first + np.exp(self._theta[-3]) * pairs + np.exp(self._theta[-2]) * triples)
+        return np.asarray(alone + np.exp(self._theta[-3]) * pairs + np.exp(self._theta[-2]) * triples)
 
     def predict(self, rows: Array) -> Belief:
         """Expected values with their uncertainty; it stays open to more."""
@@ -107,10 +146,10 @@ class Predictor:
 
     def explain(self) -> tuple[list[Array], list[Array]]:
         """What each choice (S arrays) and each pair of choices of neighbouring slots (S−1 arrays) adds to the mean."""
-        slots, weights = self._encoding.slots, np.exp(self._theta[: len(self._encoding.sizes)])
+        slots, weights = self._encoding.slots, np.exp(self._theta[:-4])
         columns = [self.x[:, slots == slot] for slot in range(len(weights))]
         alpha = self._alpha * self._scale
-        alone = [weight * (alpha @ column) for weight, column in zip(weights, columns, strict=True)]
+        alone = [weight * ((alpha @ self.x) @ self._alike[:, slots == slot]) for slot, weight in enumerate(weights)]
         pairs = [np.exp(self._theta[-3]) * weights[slot] * weights[slot + 1]
                  * (columns[slot].T @ (alpha[:, None] * columns[slot + 1])) for slot in range(len(weights) - 1)]
         return alone, pairs
@@ -148,19 +187,37 @@ def count_learned(count: int) -> int:
     return min(_MOST_LEARNED, int(_GROWTH ** np.floor(np.log(count) / np.log(_GROWTH) + 1e-9)))
 
 
-def learn_variances(sizes: Sequence[int], genotypes: Sequence[Genotype], values: Array) -> Array:
-    """Logarithms of S variances, of the weights of pairs and triples, and of the noise, of values (N,)."""
-    encoding, y = Encoding(sizes), Warp(values).warp(values)
-    x, y = encoding.encode(genotypes), (y - y.mean()) / (y.std() or 1.0)
-    same = [x[:, encoding.slots == slot] @ x[:, encoding.slots == slot].T for slot in range(len(sizes))]
-    middle = np.array([*[_START] * len(sizes), *_ORDERS])
-    spread = np.array([*[_SPREAD] * len(sizes), 2.0, 2.0, 2.0])
+def learn(sizes: Sequence[int], genotypes: Sequence[Genotype], values: Array, near: Array | None = None) -> Learned:
+    """The maximum a posteriori of values (N,), the bend among a few."""
+    encoding = Encoding(sizes)
+    x, parts = encoding.encode(genotypes), [encoding.slots == slot for slot in range(len(sizes))]
+    same = [x[:, part] @ x[:, part].T for part in parts]
+    alike = same if near is None else [x[:, part] @ near[np.ix_(part, part)] @ x[:, part].T for part in parts]
+    middle = np.array([*[_START] * len(sizes), *_OTHERS])
+    spread = np.array([*[_SPREAD] * len(sizes), *[2.0] * len(_OTHERS)])
+    bounds = np.stack([middle - _FURTHEST * spread, middle + _FURTHEST * spread], axis=1)
 
-    def loss(theta: Array) -> tuple[float, Array]:
-        value, gradient = _likelihood(theta, same, y)
+    def loss(theta: Array, y: Array) -> tuple[float, Array]:
+        value, gradient = _likelihood(theta, same, alike, y)
         return (value + 0.5 * float((((theta - middle) / spread) ** 2).sum()), gradient + (theta - middle) / spread**2)
 
-    return np.asarray(minimize(loss, middle, jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS}).x)
+    found = []
+    for bend in _BENDS:
+        warp = Warp(values, bend)
+        warped = warp.warp(values)
+        scale = float(warped.std()) or 1.0
+        fit = minimize(loss, middle, ((warped - warped.mean()) / scale,), jac=True, method="L-BFGS-B", bounds=bounds,
+                       options={"maxiter": _ITERATIONS})
+        density = fit.fun + float(np.log(scale / warp.slopes(values)).sum()) + 0.5 * (np.log(bend) / _BEND_SPREAD) ** 2
+        found.append((density, bend, fit.x))
+    _, bend, theta = min(found, key=lambda entry: entry[:2])
+    return Learned(theta, bend)
+
+
+def _mix(same: Array, alike: Array | None, theta: Array) -> Array:
+    """Likeness as far as it counts: its share is given by odds."""
+    share = 1.0 / (1.0 + np.exp(-theta[-4]))
+    return same if alike is None else (1.0 - share) * same + share * alike
 
 
 def _join(first: Array, second: Array, third: Array) -> tuple[Array, Array]:
@@ -169,27 +226,34 @@ def _join(first: Array, second: Array, third: Array) -> tuple[Array, Array]:
     return (square - second) / 2, (square * first - 3 * first * second + 2 * third) / 6
 
 
-def _likelihood(theta: Array, same: Sequence[Array], y: Array) -> tuple[float, Array]:
-    """Negative logarithm of the marginal likelihood of y and its gradient (Rasmussen and Williams 2006, eq. 5.9)."""
-    weights, (pair, triple, noise) = np.exp(theta[:-3]), np.exp(theta[-3:])
+def _likelihood(theta: Array, same: Sequence[Array], alike: Sequence[Array], y: Array) -> tuple[float, Array]:
+    """Negative logarithm of the marginal likelihood of y and its gradient (Rasmussen and Williams 2006, eq. 5.9).
+
+    By slot, which genotypes hold the same choice (N, N), and how alike theirs are.
+    """
+    weights, (pair, triple, noise) = np.exp(theta[:-4]), np.exp(theta[-3:])
+    mixed = [_mix(match, near, theta) for match, near in zip(same, alike, strict=True)]
+    alone = sum(weight * match for weight, match in zip(weights, mixed, strict=True))
     first = sum(weight * match for weight, match in zip(weights, same, strict=True))
     second = sum(weight**2 * match for weight, match in zip(weights, same, strict=True))
     third = sum(weight**3 * match for weight, match in zip(weights, same, strict=True))
     pairs, triples = _join(first, second, third)
-    covariance = first + pair * pairs + triple * triples + np.eye(len(y)) * (noise + _JITTER)
+    covariance = alone + pair * pairs + triple * triples + np.eye(len(y)) * (noise + _JITTER)
     try:
         lower = cholesky(covariance, lower=True)
     except LinAlgError:
         return 1e10, np.zeros_like(theta)
     alpha = cho_solve((lower, True), y)
     slope = 0.5 * (cho_solve((lower, True), np.eye(len(y))) - np.outer(alpha, alpha))
-    gradient = []
-    for weight, match in zip(weights, same, strict=True):
+    gradient, odds = [], 0.0
+    for weight, match, near, both in zip(weights, same, alike, mixed, strict=True):
         others = first - weight * match
-        beside = 1 + pair * others + triple * (pairs - weight * match * others)
-        gradient.append(weight * float((slope * match * beside).sum()))
-    gradient += [pair * float((slope * pairs).sum()), triple * float((slope * triples).sum()),
-                 noise * float(np.trace(slope))]
+        beside = pair * others + triple * (pairs - weight * match * others)
+        gradient.append(weight * float((slope * (both + match * beside)).sum()))
+        odds += weight * float((slope * (near - match)).sum())
+    share = 1.0 / (1.0 + np.exp(-theta[-4]))
+    gradient += [share * (1.0 - share) * odds, pair * float((slope * pairs).sum()),
+                 triple * float((slope * triples).sum()), noise * float(np.trace(slope))]
     return 0.5 * float(y @ alpha) + float(np.log(np.diag(lower)).sum()), np.array(gradient)
 
 
@@ -200,7 +264,7 @@ def judge_predictor(sizes: Sequence[int], genotypes: Sequence[Genotype], values:
     """
     from scipy.stats import kendalltau  # half a second, for the report alone
 
-    predicted = Predictor(sizes, genotypes, values, learn_variances(sizes, genotypes, values)).leave_one_out()
+    predicted = Predictor(sizes, genotypes, values, learn(sizes, genotypes, values)).leave_one_out()
     x = Encoding(sizes).encode(genotypes)
     x = np.hstack([x, np.ones((len(x), 1))])
     hat = x @ np.linalg.solve(x.T @ x + 1e-2 * np.eye(x.shape[1]), x.T)
