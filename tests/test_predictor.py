@@ -62,11 +62,10 @@ def test_deviations_are_as_large_as_errors_are() -> None:
 
 def test_the_gradient_of_the_likelihood_is_its_slope() -> None:
     predictor, _, _ = fit(table(2, pairs=0.5), 25)
-    x = predictor.x
-    same = [x[:, predictor._encoding.slots == slot] @ x[:, predictor._encoding.slots == slot].T for slot in range(4)]
-    near = liken(SIZES, [PRICES])
-    alike = [x[:, predictor._encoding.slots == slot] @ near[3 * slot:3 * slot + 3, 3 * slot:3 * slot + 3]
-             @ x[:, predictor._encoding.slots == slot].T for slot in range(4)]
+    near, of = liken(SIZES, [PRICES]), [predictor.x[:, 3 * slot:3 * slot + 3] for slot in range(4)]
+    same = np.stack([(x @ x.T).ravel() for x in of])
+    alike = np.stack([(x @ near[3 * slot:3 * slot + 3, 3 * slot:3 * slot + 3] @ x.T).ravel()
+                      for slot, x in enumerate(of)])
     theta, y = np.random.default_rng(0).normal(-1, 0.5, 8), predictor._y
     gradient = _likelihood(theta, same, alike, y)[1]
     for index in range(8):

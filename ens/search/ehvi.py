@@ -59,7 +59,7 @@ class EhviEngine:
             return list(self._ledger.unseen(space.enumerate(), beside=pending))
         genotypes, values = self._ledger.valid()
         front = [genotype for genotype, keep in zip(genotypes, moocore.is_nondominated(values), strict=True) if keep]
-        near = self._ledger.neighbours(front, beside=pending)
+        near = list(self._ledger.neighbours(front, beside=pending))
         chosen = [near[index] for index in rng.permutation(len(near))[: limit // 2]]
         return chosen + self._ledger.uniform(limit - len(chosen), beside=[*pending, *chosen], rng=rng)
 

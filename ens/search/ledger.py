@@ -88,11 +88,11 @@ class Ledger:
         found = list(self.unseen(rows, beside=beside))[:n]
         return found + self.uniform(n - len(found), beside=[*beside, *found], rng=rng)
 
-    def neighbours(self, genotypes: Iterable[Genotype], *, beside: Sequence[Genotype] = ()) -> list[Genotype]:
+    def neighbours(self, genotypes: Iterable[Genotype], *, beside: Sequence[Genotype] = ()) -> Iterator[Genotype]:
         """Unseen genotypes that differ from one of `genotypes` in one slot."""
-        return list(self.unseen(((*genotype[:slot], index, *genotype[slot + 1:])
-                                 for genotype in genotypes for slot, size in enumerate(self.space.sizes)
-                                 for index in range(size)), beside=beside))
+        return self.unseen(((*genotype[:slot], index, *genotype[slot + 1:])
+                            for genotype in genotypes for slot, size in enumerate(self.space.sizes)
+                            for index in range(size)), beside=beside)
 
 
 def _by_distance(start: Genotype, sizes: Sequence[int], rng: np.random.Generator) -> Iterator[Genotype]:

@@ -25,11 +25,12 @@ _OTHERS = (0.0, 0.0, 0.0, -4.0)
 """Of the odds, the weights of pairs and of triples, and the noise; their deviation is 2."""
 _FURTHEST = 5.0
 """Deviations from those means at which learning stops, well before numbers overflow."""
-_BENDS, _BEND_SPREAD = (0.3, 1.0, 3.0), 1.5
+_BENDS, _BEND_SPREAD = (1.0, 0.3, 3.0), 1.5
 """Scales of the warp that are tried, as multiples of the median's distance, and the deviation of their logarithm."""
 _REACH = 0.3
 """Difference of costs, as a share of what a slot's choices span, over which likeness falls to 1/e."""
-_ITERATIONS = 30
+_ITERATIONS, _FURTHER = 30, 10
+"""With the first bend, and with each of the others, which begin at what the one before ended with."""
 _GROWTH = 1.15
 """From one learning to the next. Variances are learned of that many genotypes and no more, so a prediction
 follows from what was measured, in order, and not from how often it was asked for."""
@@ -115,7 +116,8 @@ class Predictor:
     def __init__(self, sizes: Sequence[int], genotypes: Sequence[Genotype], values: Array, learned: Learned,
                  near: Array | None = None) -> None:
         self._encoding, self._theta, self.warp = Encoding(sizes), learned.theta, Warp(values, learned.bend)
-        self._alike = _mix(np.eye(sum(sizes)), near, self._theta)
+        share, same = _share(self._theta), np.eye(sum(sizes))
+        self._alike = same if near is None else (1.0 - share) * same + share * near
         self.x = self._encoding.encode(genotypes)
         warped = self.warp.warp(values)
         self._mean, self._scale = float(warped.mean()), float(warped.std()) or 1.0
@@ -191,8 +193,9 @@ def learn(sizes: Sequence[int], genotypes: Sequence[Genotype], values: Array, ne
     """The maximum a posteriori of values (N,), the bend among a few."""
     encoding = Encoding(sizes)
     x, parts = encoding.encode(genotypes), [encoding.slots == slot for slot in range(len(sizes))]
-    same = [x[:, part] @ x[:, part].T for part in parts]
-    alike = same if near is None else [x[:, part] @ near[np.ix_(part, part)] @ x[:, part].T for part in parts]
+    same = np.stack([(x[:, part] @ x[:, part].T).ravel() for part in parts])
+    alike = same if near is None else np.stack(
+        [(x[:, part] @ near[np.ix_(part, part)] @ x[:, part].T).ravel() for part in parts])
     middle = np.array([*[_START] * len(sizes), *_OTHERS])
     spread = np.array([*[_SPREAD] * len(sizes), *[2.0] * len(_OTHERS)])
     bounds = np.stack([middle - _FURTHEST * spread, middle + _FURTHEST * spread], axis=1)
@@ -201,59 +204,55 @@ def learn(sizes: Sequence[int], genotypes: Sequence[Genotype], values: Array, ne
         value, gradient = _likelihood(theta, same, alike, y)
         return (value + 0.5 * float((((theta - middle) / spread) ** 2).sum()), gradient + (theta - middle) / spread**2)
 
-    found = []
+    start, found = middle, list[tuple[float, float, Array]]()
     for bend in _BENDS:
         warp = Warp(values, bend)
         warped = warp.warp(values)
         scale = float(warped.std()) or 1.0
-        fit = minimize(loss, middle, ((warped - warped.mean()) / scale,), jac=True, method="L-BFGS-B", bounds=bounds,
-                       options={"maxiter": _ITERATIONS})
+        fit = minimize(loss, start, ((warped - warped.mean()) / scale,), jac=True, method="L-BFGS-B", bounds=bounds,
+                       options={"maxiter": _FURTHER if found else _ITERATIONS})
         density = fit.fun + float(np.log(scale / warp.slopes(values)).sum()) + 0.5 * (np.log(bend) / _BEND_SPREAD) ** 2
         found.append((density, bend, fit.x))
+        start = fit.x
     _, bend, theta = min(found, key=lambda entry: entry[:2])
     return Learned(theta, bend)
 
 
-def _mix(same: Array, alike: Array | None, theta: Array) -> Array:
-    """Likeness as far as it counts: its share is given by odds."""
-    share = 1.0 / (1.0 + np.exp(-theta[-4]))
-    return same if alike is None else (1.0 - share) * same + share * alike
-
-
 def _join(first: Array, second: Array, third: Array) -> tuple[Array, Array]:
     """Elementary symmetric polynomials of second and third order, by power sums."""
-    square = first * first
-    return (square - second) / 2, (square * first - 3 * first * second + 2 * third) / 6
+    pairs = (first * first - second) / 2
+    return pairs, (first * (pairs - second) + third) / 3
 
 
-def _likelihood(theta: Array, same: Sequence[Array], alike: Sequence[Array], y: Array) -> tuple[float, Array]:
+def _share(theta: Array) -> float:
+    """How far likeness counts, from 0 to 1."""
+    return float(1.0 / (1.0 + np.exp(-theta[-4])))
+
+
+def _likelihood(theta: Array, same: Array, alike: Array, y: Array) -> tuple[float, Array]:
     """Negative logarithm of the marginal likelihood of y and its gradient (Rasmussen and Williams 2006, eq. 5.9).
 
-    By slot, which genotypes hold the same choice (N, N), and how alike theirs are.
+    By slot, `same` (S, N·N) tells which genotypes hold the same choice, zeros and ones, `alike` how alike theirs are.
     """
-    weights, (pair, triple, noise) = np.exp(theta[:-4]), np.exp(theta[-3:])
-    mixed = [_mix(match, near, theta) for match, near in zip(same, alike, strict=True)]
-    alone = sum(weight * match for weight, match in zip(weights, mixed, strict=True))
-    first = sum(weight * match for weight, match in zip(weights, same, strict=True))
-    second = sum(weight**2 * match for weight, match in zip(weights, same, strict=True))
-    third = sum(weight**3 * match for weight, match in zip(weights, same, strict=True))
+    weights, share, (pair, triple, noise) = np.exp(theta[:-4]), _share(theta), np.exp(theta[-3:])
+    first, second, third = (row.reshape(len(y), -1) for row in np.stack([weights, weights**2, weights**3]) @ same)
+    near = (weights @ alike).reshape(first.shape)
     pairs, triples = _join(first, second, third)
-    covariance = alone + pair * pairs + triple * triples + np.eye(len(y)) * (noise + _JITTER)
+    covariance = ((1.0 - share) * first + share * near + pair * pairs + triple * triples
+                  + np.eye(len(y)) * (noise + _JITTER))
     try:
         lower = cholesky(covariance, lower=True)
     except LinAlgError:
         return 1e10, np.zeros_like(theta)
     alpha = cho_solve((lower, True), y)
     slope = 0.5 * (cho_solve((lower, True), np.eye(len(y))) - np.outer(alpha, alpha))
-    gradient, odds = [], 0.0
-    for weight, match, near, both in zip(weights, same, alike, mixed, strict=True):
-        others = first - weight * match
-        beside = pair * others + triple * (pairs - weight * match * others)
-        gradient.append(weight * float((slope * (both + match * beside)).sum()))
-        odds += weight * float((slope * (near - match)).sum())
-    share = 1.0 / (1.0 + np.exp(-theta[-4]))
-    gradient += [share * (1.0 - share) * odds, pair * float((slope * pairs).sum()),
-                 triple * float((slope * triples).sum()), noise * float(np.trace(slope))]
+    alone, by_first, by_pairs = (same @ np.stack([part.ravel() for part in (slope, slope * first, slope * pairs)], 1)).T
+    likened = alike @ slope.ravel()
+    # A slot's part of pairs is its own times the others' sum, first - weight * same, and of triples that times theirs.
+    joint = pair * (by_first - weights * alone) + triple * (by_pairs - weights * by_first + weights**2 * alone)
+    gradient = [*weights * ((1.0 - share) * alone + share * likened + joint),
+                share * (1.0 - share) * float(weights @ (likened - alone)), pair * float((slope * pairs).sum()),
+                triple * float((slope * triples).sum()), noise * float(np.trace(slope))]
     return 0.5 * float(y @ alpha) + float(np.log(np.diag(lower)).sum()), np.array(gradient)
 
 
