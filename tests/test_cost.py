@@ -147,7 +147,7 @@ def padded_network(name: str) -> tuple[Network, list[str]]:
 
 
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (64, 100), (192, 96)])
-@pytest.mark.parametrize("name", ["wrapped", "uformer"])
+@pytest.mark.parametrize("name", ["wrapped", pytest.param("uformer", marks=pytest.mark.slow)])
 def test_table_counts_what_runs_where_the_image_is_padded(name: str, height: int, width: int) -> None:
     """256 is no multiple of 96: the network runs on 288×288. Odd scans also make odd numbers of operations."""
     network, slots = padded_network(name)

@@ -51,7 +51,8 @@ def fillings_of(net: Network, space: SearchSpace) -> list[list[nn.Module | str |
 
 
 @pytest.mark.parametrize("names", [["encoder_level1", "latent", "refinement"],
-                                   ["encoder_level1.0", "encoder_level1.1", "decoder_level2"]])
+                                   pytest.param(["encoder_level1.0", "encoder_level1.1", "decoder_level2"],
+                                                marks=pytest.mark.slow)])
 def test_prefix_cache_changes_no_measurement(names: list[str]) -> None:
     net = network()
     space = space_of(net, names, [Choice("conv", 1), Choice("vssd", 1)])

@@ -80,6 +80,7 @@ def test_exhaustive_search_of_two_slots_equals_a_brute_force_without_cache(
     check_by_brute_force(study, out, num_genotypes=9)
 
 
+@pytest.mark.slow
 def test_exhaustive_search_of_two_demo_slots_equals_a_brute_force_without_cache(tmp_path: Path) -> None:
     study = load_study("search_spaces/demo.yaml", {
         "data": {"crop_px": 64, "limit": 1},
@@ -297,6 +298,7 @@ def test_a_second_teacher_and_its_weight_replace_those_of_the_study(
         copied(out, tmp_path, {"finetune": {"taught_weight": 2}})
 
 
+@pytest.mark.slow
 def test_another_recipe_is_tuned_beside_the_first_and_the_better_one_is_exported(
         tmp_path: Path, finished: tuple[StudyConfig, Path, Path]) -> None:
     _, out, onnx = finished

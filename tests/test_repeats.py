@@ -50,6 +50,7 @@ def test_a_block_that_shares_is_in_no_kind(share: str) -> None:
     assert names(network)[0] == ["encoder_level1.2"]
 
 
+@pytest.mark.slow
 def test_every_block_keeps_its_own_weights_and_each_kind_is_traced_once(tmp_path: Path) -> None:
     network, lines = small_restormer(), []
     with torch.no_grad():
