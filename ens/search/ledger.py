@@ -25,6 +25,7 @@ class Ledger:
         self.seed = seed
         self.genotypes: list[Genotype] = []
         self._rows: list[np.ndarray] = []
+        self._valid: tuple[list[Genotype], np.ndarray] | None = None
         self._seen: set[Genotype] = set()
 
     def __len__(self) -> int:
@@ -32,6 +33,7 @@ class Ledger:
 
     def add(self, genotypes: Sequence[Genotype], values: np.ndarray) -> None:
         """Append genotypes with their values (len(genotypes), objectives); raises ValueError on a repeated one."""
+        self._valid = None
         for genotype, row in zip(genotypes, np.asarray(values, dtype=np.float64), strict=True):
             if self.space.check(genotype) in self._seen:
                 raise ValueError(f"genotype {genotype} was told before")
@@ -40,10 +42,12 @@ class Ledger:
             self._rows.append(row)
 
     def valid(self) -> tuple[list[Genotype], np.ndarray]:
-        """Genotypes whose values are known and finite, with those values (n, objectives)."""
-        pairs = [(genotype, row) for genotype, row in zip(self.genotypes, self._rows, strict=True)
-                 if not np.isnan(row).any()]
-        return [genotype for genotype, _ in pairs], np.array([row for _, row in pairs])
+        """Genotypes whose values are known and finite, with those values (n, objectives); not to be changed."""
+        if self._valid is None:
+            rows = np.array(self._rows)
+            kept = np.flatnonzero(~np.isnan(rows).any(axis=1)) if len(rows) else np.arange(0)
+            self._valid = [self.genotypes[index] for index in kept], rows[kept]
+        return self._valid
 
     def rng(self, pending: Sequence[Genotype] = ()) -> np.random.Generator:
         return np.random.default_rng((self.seed, len(self) + len(pending)))

@@ -63,7 +63,8 @@ class Nsga2Engine:
         """pymoo's NSGA-II right before it mates the survivors of everything told for `n` children."""
         genotypes, values = self._ledger.valid()
         front = NonDominatedSorting().do(values, only_non_dominated_front=True)
-        pool = Population.new("X", np.array(genotypes), "F", values)
+        kept = np.sort(front) if len(front) >= self._min_parents else np.arange(len(values))  # the rest cannot survive
+        pool = Population.new("X", np.array(genotypes)[kept], "F", values[kept])
         parents = RankAndCrowding().do(self._problem, pool, n_survive=max(len(front), self._min_parents),
                                        random_state=np.random.default_rng(seed))
         algorithm = NSGA2(pop_size=len(parents), n_offsprings=n, sampling=parents,
