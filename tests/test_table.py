@@ -38,7 +38,9 @@ def test_engines_replay_a_table_without_repeating_a_genotype(tmp_path: Path) -> 
     (LINES[:-1], ("drop", "cost"), "17 genotypes, not every one of 18"),
     (LINES, ("drop", "speed"), "no column speed"), (LINES, ("drop",), "two objectives or more"),
     ([*LINES[:-1], "2-1-2,nan,1,1"], ("drop", "cost"), "finite"), ([*LINES[:-1], "2-1-2,fast,1,1"], ("drop", "cost"),
-                                                                   "fast")])
+                                                                   "line 19: .*fast"),
+    ([*LINES[:-1], "2-1-2"], ("drop", "cost"), "line 19: .*nothing"), ([*LINES, "2-1-2,9,1,1"], ("drop", "cost"),
+                                                                       "line 20: 2-1-2 has other values")])
 def test_a_table_that_is_not_one_says_what_it_lacks(tmp_path: Path, lines: list[str], objectives: tuple[str, ...],
                                                      message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -71,11 +71,15 @@ def load_table(path: Path | str, objectives: Sequence[str]) -> Table:
     if missing or len(objectives) < 2:
         raise ValueError(f"{path} as a table of {', '.join(objectives) or 'nothing'}: "
                          + (f"no column {missing[0]}" if missing else "two objectives or more are needed"))
-    try:
-        rows = {tuple(map(int, line["genotype"].split("-"))): tuple(float(line[name]) for name in objectives)
-                for line in lines}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    rows: dict[Genotype, tuple[float, ...]] = {}
+    for number, line in enumerate(lines, 2):
+        try:
+            genotype = tuple(map(int, line["genotype"].split("-")))
+            values = tuple(float(line[name] or "nothing") for name in objectives)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        if rows.setdefault(genotype, values) != values:
+            raise ValueError(f"{path}, line {number}: {line['genotype']} has other values than in a line before")
     sizes = [max(column) + 1 for column in zip(*rows, strict=False)]
     whole = len({len(genotype) for genotype in rows}) == 1 and len(rows) == math.prod(sizes)
     if not whole or not all(math.isfinite(value) for row in rows.values() for value in row):
