@@ -64,7 +64,7 @@ Restart = Annotated[bool, typer.Option("--restart", help=(
 Patience = Annotated[int | None, typer.Option(min=1, metavar="N", help=(
     "End when the front, and with it its hypervolume, has not grown for N evaluations."))]
 Fix = Annotated[list[str] | None, typer.Option("--fix", metavar="SLOT=CHOICE", help=(
-    "Measure and show only what keeps this choice in a slot, for instance refinement=restormer×4. May be given several "
+    "Measure and show only what keeps this choice in a slot, for instance latent=conv×1. May be given several "
     "times."))]
 Forbid = Annotated[list[str] | None, typer.Option("--forbid", metavar="FAMILY", help=(
     "Measure and show nothing with blocks of this family, the teacher's own included. May be given several times."))]
@@ -170,12 +170,13 @@ def search_changes(changes: Sequence[str] | None, bounds: list[str] | None = Non
                    patience: int | None = None, fix: list[str] | None = None,
                    forbid: list[str] | None = None) -> list[str]:
     """Changes of the study behind --set, --max, --require, --patience, --fix and --forbid; raises ValueError."""
-    fixed = {}
+    fixed: dict[str, str] = {}
     for entry in fix or ():
         slot, equals, choice = entry.partition("=")
         if not (slot and equals and choice):
-            raise ValueError(f"--fix takes SLOT=CHOICE, for instance refinement=restormer×4, got {entry!r}")
-        fixed[slot] = choice
+            raise ValueError(f"--fix takes SLOT=CHOICE, for instance latent=conv×1, got {entry!r}")
+        if fixed.setdefault(slot, choice) != choice:
+            raise ValueError(f"--fix keeps one choice of a slot, got {fixed[slot]} and {choice} for {slot}")
     return [*(changes or ()), *bound_changes(bounds), *([f"search.require={require}"] if require else []),
             *([f"search.patience={patience}"] if patience else []),
             *([f"search.fix={json.dumps(fixed)}"] if fixed else []),
@@ -221,6 +222,9 @@ def start(study: str, out: Path, changes: Sequence[str] | None, *, teacher: Path
     """Take a folder for a study, or go on where it ran before; before that, join the cluster `ray`."""
     from ens.run_folder import RunFolder
 
+    _check_storage(storage)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; a run takes a folder")
     if ray and jobs > 1:
         raise ValueError("--jobs is for this machine, --ray for a cluster: give one of them")
     if ray:
@@ -231,8 +235,23 @@ def start(study: str, out: Path, changes: Sequence[str] | None, *, teacher: Path
                            wait_s=wait_s, say=complain)
 
 
+def _check_storage(storage: str) -> None:
+    """Raises ValueError for what is no URL (nor a file's whole path, as pages print it), or in no folder there is."""
+    if not storage:
+        return
+    if "://" not in storage and not Path(storage).is_absolute():
+        raise ValueError(f"--storage takes a URL, sqlite:///runs/archive.db or postgresql+psycopg://user@host/name, "
+                         f"not {storage!r}")
+    from ens.pareto.storage import Storage
+
+    file = Storage(storage).path
+    if file is not None and not file.parent.is_dir():
+        raise ValueError(f"--storage {storage}: there is no folder {file.parent}")
+
+
 def open_run(run: Path, changes: Sequence[str] | None = None, *, storage: str = "", restart: bool = False) -> RunFolder:
     """Open the run in a folder."""
+    _check_storage(storage)
     from ens.config import parse_changes
     from ens.run_folder import RunFolder
 

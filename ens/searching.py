@@ -22,6 +22,7 @@ def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, bo
     """Measure genotypes until the budget of unique evaluations is spent, with all who share the archive."""
     import ens.pipeline as pipeline
     from ens.forecast import forecast
+    from ens.pareto.storage import Storage
 
     with reporting() as control:
         asked = given.search_changes(changes, bounds, require, patience, fix, forbid)
@@ -32,7 +33,8 @@ def search(study: given.Study, out: given.Out, teacher: given.Teacher = None, bo
         if ray:
             pipeline.distill_spread(folder, control)
         measured = pipeline.search(folder, control, jobs=jobs, deterministic=deterministic, ray=bool(ray))
-    say(f"{len(measured)} genotypes are measured. Next: {given.spell('pareto', str(out))}")
+    url = ["--storage", str(Storage(storage))] if storage else []
+    say(f"{len(measured)} genotypes are measured. Next: {given.spell('pareto', str(out), *url)}")
 
 
 def pareto(run: given.Run, objectives: Annotated[str, typer.Option(help=(

@@ -280,6 +280,21 @@ def test_a_mistyped_name_is_answered_with_the_nearest(run_cli: Callable[..., int
     assert re.search(f"[Dd]id you mean '?{re.escape(near)}", " ".join(capsys.readouterr().err.split()))
 
 
+@pytest.mark.parametrize(("command", "message"), [
+    ("search demo --out x --storage foo", "takes a URL"), ("pareto x --storage foo.db", "takes a URL"),
+    ("search demo --out x --storage sqlite:///no/such/a.db", "there is no folder"),
+    ("search demo --out x --fix latent=conv×1 --fix latent=rep×1", "got conv×1 and rep×1 for latent"),
+    ("search demo --out file", "is a file"),
+])
+def test_what_a_search_cannot_mean_is_refused_before_anything_is_made(
+        run_cli: Callable[..., int], tmp_path: Path, command: str, message: str,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert run_cli(*command.split()) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_printed_commands_are_quoted_for_the_shell(run_cli: Callable[..., int], tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my run").mkdir()

@@ -36,7 +36,9 @@ def test_engines_replay_a_table_without_repeating_a_genotype(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("lines", "objectives", "message"), [
     (LINES[:-1], ("drop", "cost"), "17 genotypes, not every one of 18"),
-    (LINES, ("drop", "speed"), "no column speed"), (LINES, ("drop",), "two objectives or more"),
+    (LINES, ("drop", "speed"), "no column speed"), (LINES, ("drop",), "two columns or more"),
+    (LINES, "drop", "two columns or more"), (LINES, ("drop", "drop"), "each once"), ([], ("drop", "cost"), "holds no"),
+    (LINES, ("drop", "csot"), "did you mean cost"),
     ([*LINES[:-1], "2-1-2,nan,1,1"], ("drop", "cost"), "finite"), ([*LINES[:-1], "2-1-2,fast,1,1"], ("drop", "cost"),
                                                                    "line 19: .*fast"),
     ([*LINES[:-1], "2-1-2"], ("drop", "cost"), "line 19: .*nothing"), ([*LINES, "2-1-2,9,1,1"], ("drop", "cost"),
@@ -45,3 +47,9 @@ def test_a_table_that_is_not_one_says_what_it_lacks(tmp_path: Path, lines: list[
                                                      message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ens.load_table(write(tmp_path / "a.csv", lines), objectives)
+
+
+def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", LINES)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(ens.load_table(path, ["drop", "cost"]).rows) == 18

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ens.search import create_engine
 from ens.search.predictor import Encoding
-from ens.space import Choice, Genotype, SearchSpace, Slot, Tally
+from ens.space import Choice, Genotype, SearchSpace, Slot, Tally, suggest
 
 _ADDITIVE = 1e-6
 """Largest error, relative to the spread of a column, at which it counts as a sum over slots that is known."""
@@ -65,12 +65,16 @@ def load_table(path: Path | str, objectives: Sequence[str]) -> Table:
 
     The first objective is what is measured, the others are costs. Raises ValueError saying what the file lacks.
     """
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
-    missing = [name for name in ("genotype", *objectives) if not lines or name not in lines[0]]
-    if missing or len(objectives) < 2:
-        raise ValueError(f"{path} as a table of {', '.join(objectives) or 'nothing'}: "
-                         + (f"no column {missing[0]}" if missing else "two objectives or more are needed"))
+    if isinstance(objectives, str) or len(set(objectives)) < max(2, len(objectives)):
+        raise ValueError(f"the objectives of a table are two columns or more, each once, not {objectives!r}")
+    with Path(path).open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin with a byte order mark
+        reader = csv.DictReader(file)
+        lines, columns = list(reader), list(reader.fieldnames or ())
+    if missing := [name for name in ("genotype", *objectives) if name not in columns]:
+        raise ValueError(f"{path} has no column {missing[0]}{suggest(missing[0], columns)}; "
+                         f"there are {', '.join(columns) or 'none'}")
+    if not lines:
+        raise ValueError(f"{path} holds no genotype")
     rows: dict[Genotype, tuple[float, ...]] = {}
     for number, line in enumerate(lines, 2):
         try:
